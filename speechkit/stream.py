@@ -1,0 +1,218 @@
+"""Everything that is hard about streaming, once.
+
+Two values carry all of it. `Context` says which keys a query may see: mask, cache size and latency follow from it.
+`Span` says which frames of this call are new. `carry` is the only memory operation: attention remembers keys with it,
+convolutions their left taps, subsampling its overlap, the filter bank its samples.
+
+State is a pytree in which **tuples and dicts are structure, tensors have the stream on axis 0, and a list has one
+item a stream**. So a server resets, pauses, joins or drops a stream by its row (`take`, `put`), and knows nothing
+of what is inside.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Context:
+    """Which keys a query may see, in frames of the layer's own clock.
+
+    Args:
+        left: frames before the first frame of the query's chunk; ``None`` is all of them.
+        chunk: frames seen together; 1 is causal, ``None`` the whole utterance.
+
+    The rule looks at whole chunks only, so look-ahead does not grow with depth: every layer waits for the same chunk.
+    """
+
+    left: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"Context.chunk must be at least 1 frame, or None for the whole utterance, but is {self.chunk}.")
+        if self.left is not None and self.left < 0:
+            raise ValueError(f"Context.left must be at least 0 frames, or None for all of them, but is {self.left}.")
+
+    def visible(self, query: Int[Tensor, "B U"], key: Int[Tensor, "B S"]) -> Bool[Tensor, "B U S"]:
+        """Whether each query sees each key, from absolute positions; positions below 0 are never seen."""
+        query, key = query[:, :, None], key[:, None, :]
+        seen = key >= 0
+        if self.chunk is None:
+            return seen.expand(-1, query.shape[1], -1)
+        first = query - query % self.chunk
+        seen = seen & (key < first + self.chunk)
+        return seen if self.left is None else seen & (key >= first - self.left)
+
+    def slower(self, stride: int) -> Context:
+        """The same seconds on a clock ``stride`` times slower.
+
+        Raises:
+            ValueError: where a border of the context would fall inside a slow frame.
+        """
+        for name, frames in (("left", self.left), ("chunk", self.chunk)):
+            if frames is not None and frames % stride:
+                raise ValueError(
+                    f"Context.{name} must be a multiple of {stride}, because a part of this encoder runs on a clock "
+                    f"{stride} times slower, but is {frames}; the next one up is {frames + -frames % stride}."
+                )
+        return Context(*(None if f is None else f // stride for f in (self.left, self.chunk)))
+
+    def latency(self) -> int:
+        """Frames a stream waits at most before a frame can be encoded: one chunk.
+
+        Raises:
+            ValueError: for a whole-utterance context, which has to wait for the end.
+        """
+        return self.streamable().chunk
+
+    def streamable(self) -> Context:
+        """This context, if a stream can live in it with bounded memory and delay.
+
+        Raises:
+            ValueError: naming the part that is unbounded.
+        """
+        for name in ("chunk", "left"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"Context.{name} must be finite to stream, but is None; "
+                    f"pass for example Context(left=64, chunk=16), or encode the whole utterance with forward()."
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class ContextSampler:
+    """Dynamic chunk training: one `Context` a batch, drawn from the product of ``chunks`` and ``lefts``.
+
+    A model trained so streams at every one of those latencies (U2, arXiv 2012.05481, section 3.1). ``whole`` is the
+    share of batches that see the whole utterance; ``ContextSampler(whole=1.0)`` is ordinary training.
+    """
+
+    chunks: Sequence[int] = (4, 8, 16, 32)
+    lefts: Sequence[int | None] = (32, 64, 128)
+    whole: float = 0.5
+
+    def draw(self, seed: int) -> Context:
+        """The context of the batch numbered ``seed``; the same on every machine of a distributed run."""
+        dice = random.Random(seed)
+        if dice.random() < self.whole:
+            return Context()
+        return Context(left=dice.choice(list(self.lefts)), chunk=dice.choice(list(self.chunks)))
+
+
+class Span(NamedTuple):
+    """Where the frames of this call sit on each stream's clock. ``lengths`` of 0 is a paused stream."""
+
+    start: Int[Tensor, "B"]
+    lengths: Int[Tensor, "B"]
+    context: Context
+
+    def positions(self, frames: int, before: int = 0) -> Int[Tensor, "B S"]:
+        """Absolute positions of ``before`` remembered frames and the ``frames`` of this call."""
+        return self.start[:, None] + torch.arange(-before, frames, device=self.start.device)
+
+    def slower(self, stride: int) -> Span:
+        """The same frames on a clock ``stride`` times slower; an incomplete last frame counts."""
+        return Span(self.start // stride, ceil_div(self.lengths, stride), self.context.slower(stride))
+
+
+def fresh_span(lengths: Int[Tensor, "B"], context: Context) -> Span:
+    """The span of utterances seen whole: every stream starts at 0."""
+    return Span(torch.zeros_like(lengths), lengths, context)
+
+
+def ceil_div(lengths: Tensor, stride: int) -> Tensor:
+    """Frames left after a stride; an incomplete last frame counts."""
+    return (lengths + stride - 1) // stride
+
+
+def carry(tail: Tensor | None, new: Tensor, lengths: Int[Tensor, "B"]) -> tuple[Tensor, Tensor | None]:
+    """Put the remembered frames before the new ones, and say what to remember next.
+
+    Args:
+        tail: ``[B, S, ...]`` remembered frames, or ``None`` to start from nothing and remember nothing.
+        new: ``[B, T, ...]`` frames of this call, of which the first ``lengths[b]`` are real.
+
+    Returns:
+        ``(tail, new)`` joined along axis 1, and the next tail: the S frames that start at ``lengths[b]``. For a
+        paused stream that slice *is* the old tail, so pausing needs no code.
+    """
+    if tail is None:
+        return new, None
+    seen = torch.cat([tail, new], dim=1)
+    if tail.shape[1] == 0:
+        return seen, tail
+    index = lengths[:, None] + torch.arange(tail.shape[1], device=lengths.device)  # [B, S]
+    index = index.reshape(index.shape + (1,) * (new.dim() - 2)).expand(-1, -1, *new.shape[2:])
+    return seen, torch.gather(seen, 1, index)
+
+
+def valid(lengths: Int[Tensor, "B"], frames: int) -> Bool[Tensor, "B T"]:
+    """Which of ``frames`` frames are real. The one place where a mask is made from lengths."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def keep_valid(x: Tensor, lengths: Int[Tensor, "B"]) -> Tensor:
+    """``x [B, T, ...]`` with every padded frame set to zero, even where it was NaN."""
+    mask = valid(lengths, x.shape[1])
+    return torch.where(mask.reshape(mask.shape + (1,) * (x.dim() - 2)), x, x.new_zeros(()))
+
+
+def take(state: State, rows: Sequence[int]) -> State:
+    """The state of some streams, in that order; repeats are allowed."""
+    return _map(lambda x: x[list(rows)].clone() if isinstance(x, Tensor) else [x[r] for r in rows], state)
+
+
+def put(state: State, rows: Sequence[int], fresh: State) -> State:
+    """``state`` with the streams ``rows`` replaced by those of ``fresh``: a reset, a join, or a move."""
+
+    def replace(old: Any, new: Any) -> Any:
+        if isinstance(old, Tensor):
+            old = old.clone()
+            old[list(rows)] = new.to(old.dtype)
+            return old
+        old = list(old)
+        for row, item in zip(rows, new, strict=True):
+            old[row] = item
+        return old
+
+    return _map(replace, state, fresh)
+
+
+def clone_state(state: State) -> State:
+    """A copy that a step can consume while the original lives on."""
+    return _map(lambda x: x.clone() if isinstance(x, Tensor) else list(x), state)
+
+
+def state_bytes(state: State) -> int:
+    """Bytes the tensors of a state hold."""
+    total = 0
+
+    def add(x: Any) -> Any:
+        nonlocal total
+        total += x.numel() * x.element_size() if isinstance(x, Tensor) else 0
+        return x
+
+    _map(add, state)
+    return total
+
+
+def _map(function: Any, state: State, *others: State) -> State:
+    if state is None:
+        return None
+    if isinstance(state, dict):
+        return {key: _map(function, value, *(o[key] for o in others)) for key, value in state.items()}
+    if isinstance(state, tuple):
+        items = [_map(function, *parts) for parts in zip(state, *others, strict=True)]
+        return type(state)(*items) if hasattr(state, "_fields") else tuple(items)
+    return function(state, *others)

@@ -1,0 +1,86 @@
+"""The values that cross floors, and the legend of every shape in the package.
+
+====== ===========================  ====== ============================
+letter axis                         letter axis
+====== ===========================  ====== ============================
+B      streams (the batch)          H      heads
+N      samples                      K      width of a head
+T      feature frames               V      vocabulary, blank included
+U      encoder frames               L      labels
+F      features (mel bands)         C      classes
+D      model width                  S      keys: remembered + new
+====== ===========================  ====== ============================
+
+Lengths are integers on the clock of the tensor beside them. Token 0 is the blank of CTC and, because the blank never
+occurs inside a label sequence, also the boundary (start and end of sentence) of the attention decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Seconds = float
+BLANK = 0
+
+
+class Batch(NamedTuple):
+    """Utterances padded to one length, with their transcripts as tokens."""
+
+    samples: Float[Tensor, "B N"]
+    sample_lengths: Int[Tensor, "B"]
+    tokens: Int[Tensor, "B L"]
+    token_lengths: Int[Tensor, "B"]
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+class FeatureOutput(NamedTuple):
+    """What a front end gives: frames and how many of them are real."""
+
+    frames: Float[Tensor, "B T F"]
+    lengths: Int[Tensor, "B"]
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder gives: frames, how many of them are real, and a summary if the architecture has one."""
+
+    frames: Float[Tensor, "B U D"]
+    lengths: Int[Tensor, "B"]
+    summary: Float[Tensor, "B D"] | None = None
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One reading of an utterance.
+
+    ``spans`` holds for each token the half-open range of encoder frames it was heard in, counted from the start of
+    the stream; ``confidences`` its posterior probability, 0 to 1. ``score`` is a natural logarithm.
+    """
+
+    tokens: tuple[int, ...] = ()
+    score: float = 0.0
+    spans: tuple[tuple[int, int], ...] = ()
+    confidences: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with the time it was said and the posterior probability of its least certain token."""
+
+    word: str
+    start: Seconds
+    end: Seconds
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """The text of a recording, its words, and how long the recording is."""
+
+    text: str
+    words: tuple[Word, ...]
+    seconds: Seconds

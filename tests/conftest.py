@@ -1,0 +1,32 @@
+"""What every test shares: one thread, a fixed seed, checked shapes, and the way to the recordings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(int(os.environ.get("SPEECHKIT_TEST_THREADS", "2")))
+install_import_hook(
+    ["speechkit.types", "speechkit.stream", "speechkit.attention", "speechkit.encoders", "speechkit.layers",
+     "speechkit.features", "speechkit.objectives"],
+    "beartype.beartype",
+)  # fmt: skip
+
+RECORDINGS = Path(os.environ.get("SPEECHKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """The folder of real recordings; a test that needs it skips, and says so, where it is absent."""
+    if not RECORDINGS.is_dir():
+        pytest.skip(f"real recordings are absent: {RECORDINGS} is not a folder; set SPEECHKIT_DATA to where they are")
+    return RECORDINGS
