@@ -39,7 +39,9 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"Context.chunk must be at least 1 frame, or None for the whole utterance, but is {self.chunk}.")
+            raise ValueError(
+                f"Context.chunk must be at least 1 frame, or None for the whole utterance, but is {self.chunk}."
+            )
         if self.left is not None and self.left < 0:
             raise ValueError(f"Context.left must be at least 0 frames, or None for all of them, but is {self.left}.")
 
@@ -216,3 +218,8 @@ def _map(function: Any, state: State, *others: State) -> State:
         items = [_map(function, *parts) for parts in zip(state, *others, strict=True)]
         return type(state)(*items) if hasattr(state, "_fields") else tuple(items)
     return function(state, *others)
+
+
+def split(state: State, parts: int) -> tuple[State, ...]:
+    """The parts of a composite state; a fresh start gives every part a fresh start."""
+    return (None,) * parts if state is None else state

@@ -1,0 +1,204 @@
+"""The parts that every encoder is made of: norms, feed-forward, convolutions with memory, subsampling.
+
+A convolution that remembers takes ``(x, lengths, state)`` and gives ``(y, state)``. ``state=None`` starts from zeros
+and remembers nothing, so the offline pass and the stream are the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from speechkit.stream import carry, ceil_div, keep_valid, valid
+
+Frames = Float[Tensor, "B U D"]
+Lengths = Int[Tensor, "B"]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation inside a convolution module: each frame by itself, so lengths do not matter."""
+
+    def forward(self, x: Frames, lengths: Lengths | None = None) -> Frames:
+        return super().forward(x)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over real frames only: padding enters neither the batch's statistics nor the running ones."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, x: Frames, lengths: Lengths) -> Frames:
+        if not self.training:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        mask = valid(lengths, x.shape[1])
+        y = torch.zeros_like(x)
+        y[mask] = self.norm(x[mask]).to(y.dtype)
+        return y
+
+
+class Scale(nn.Module):
+    """A learned scale and shift in the place of a pre-norm (Squeezeformer, section 3.2, "adaptive scale")."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Frames) -> Frames:
+        return x * self.weight + self.bias
+
+
+class FeedForward(nn.Sequential):
+    """Linear, SiLU, linear; dropout after each."""
+
+    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout)
+        )
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution over time, one filter a channel, that can be streamed.
+
+    Args:
+        kernel: frames a filter spans.
+        stride: input frames an output frame; an incomplete last frame counts.
+        causal: True lets output ``u`` see inputs up to the last of its own stride; False centres the filter, which
+            serves whole utterances only.
+    """
+
+    def __init__(self, *, dim: int, kernel: int, stride: int = 1, causal: bool = True) -> None:
+        super().__init__()
+        if kernel < stride:
+            raise ValueError(f"DepthwiseConv.kernel must be at least the stride, {stride}, but is {kernel}.")
+        self.conv = nn.Conv1d(dim, dim, kernel, stride=stride, groups=dim)
+        self.stride, self.causal = stride, causal
+        self.before = kernel - stride if causal else (kernel - stride) // 2
+        self.after = kernel - stride - self.before
+
+    def init_state(self, batch: int) -> Float[Tensor, "B S D"]:
+        """Remembered input frames: the ``kernel - stride`` before the next output frame's own."""
+        if not self.causal:
+            raise ValueError(
+                "a centred convolution must see frames of the future, so this encoder cannot stream; build it with "
+                "convolution.causal=true, or encode whole utterances with forward()."
+            )
+        weight = self.conv.weight
+        return weight.new_zeros(batch, self.before, weight.shape[0])
+
+    def forward(self, x: Frames, lengths: Lengths, state: Tensor | None = None) -> tuple[Frames, Tensor | None]:
+        seen, state = carry(state, keep_valid(x, lengths), lengths)
+        before = self.before + x.shape[1] - seen.shape[1]  # what no memory provides is zero
+        after = self.after + -x.shape[1] % self.stride
+        y = self.conv(F.pad(seen.transpose(1, 2), (before, after)))
+        return y.transpose(1, 2), state
+
+
+class Convolution(nn.Module):
+    """The convolution module of Conformer (2005.08100, figure 2) and Squeezeformer (2206.00888, section 3.2).
+
+    Pointwise to twice the width, an activation, depthwise over time, norm, SiLU, pointwise back.
+
+    Args:
+        kernel: frames of the depthwise filter.
+        gated: the first activation is a gate that halves the width (Conformer), or SiLU that keeps it (Squeezeformer).
+        causal: see `DepthwiseConv`.
+        norm: called with a width: `LayerNorm` or `BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        kernel: int = 31,
+        gated: bool = True,
+        causal: bool = True,
+        norm: Callable[[int], nn.Module] = LayerNorm,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        inner = dim if gated else 2 * dim
+        self.widen = nn.Linear(dim, 2 * dim)
+        self.gate = nn.GLU() if gated else nn.SiLU()
+        self.depthwise = DepthwiseConv(dim=inner, kernel=kernel, causal=causal)
+        self.norm = norm(inner)
+        self.project = nn.Linear(inner, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def init_state(self, batch: int) -> Tensor:
+        return self.depthwise.init_state(batch)
+
+    def forward(self, x: Frames, lengths: Lengths, state: Tensor | None = None) -> tuple[Frames, Tensor | None]:
+        y, state = self.depthwise(self.gate(self.widen(x)), lengths, state)
+        return self.dropout(self.project(F.silu(self.norm(y, lengths)))), state
+
+
+class Subsampling(nn.Module):
+    """Features to encoder frames: ``stages`` convolutions of 3x3 with stride 2 and ReLU, then a linear map.
+
+    Two full stages are Conformer's 4x; three separable ones are FastConformer's 8x depthwise striding (2305.05084).
+    Output frame u sees features up to the last of its own ``2 ** stages``: one frame of the past is remembered at each
+    stage and none of the future is needed, so whole chunks of features give whole chunks of frames.
+
+    Args:
+        features: mel bands of a feature frame.
+        dim: width of an encoder frame.
+        channels: width of the convolutions; ``dim`` unless given.
+        separable: all stages but the first are a depthwise followed by a pointwise convolution.
+    """
+
+    def __init__(
+        self,
+        *,
+        features: int,
+        dim: int,
+        channels: int | None = None,
+        stages: int = 2,
+        separable: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        channels = channels or dim
+        self.bands = [features]
+        self.stages = nn.ModuleList()
+        for stage in range(stages):
+            source = channels if stage else 1
+            depthwise = separable and stage > 0
+            conv = nn.Conv2d(source, channels, 3, stride=2, padding=(0, 1), groups=source if depthwise else 1)
+            self.stages.append(nn.Sequential(conv, nn.Conv2d(channels, channels, 1)) if depthwise else conv)
+            self.bands.append(ceil_div(self.bands[-1], 2))
+        self.linear = nn.Linear(channels * self.bands[-1], dim)
+        self.dropout = nn.Dropout(dropout)
+        self.channels, self.stride = channels, 2**stages
+
+    def init_state(self, batch: int) -> tuple[Tensor, ...]:
+        """One remembered frame a stage, ``[B, 1, bands, channels]``."""
+        widths = [1, *[self.channels] * (len(self.stages) - 1)]
+        new = self.linear.weight.new_zeros
+        return tuple(new(batch, 1, bands, width) for bands, width in zip(self.bands, widths, strict=False))
+
+    def forward(
+        self, x: Float[Tensor, "B T F"], lengths: Lengths, state: tuple[Tensor, ...] | None = None
+    ) -> tuple[Frames, Lengths, tuple[Tensor, ...] | None]:
+        """Frames, their lengths, and the next state."""
+        x = x[..., None]  # [B, T, F, C]
+        tails = []
+        for stage, tail in zip(self.stages, state or [None] * len(self.stages), strict=True):
+            x, tail = self._halve(stage, x, lengths, tail)
+            lengths = ceil_div(lengths, 2)
+            tails.append(tail)
+        x = self.linear(x.transpose(2, 3).flatten(2))  # [B, U, C F] -> [B, U, D]
+        return self.dropout(x), lengths, None if state is None else tuple(tails)
+
+    @staticmethod
+    def _halve(stage: nn.Module, x: Tensor, lengths: Lengths, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        seen, tail = carry(tail, keep_valid(x, lengths), lengths)
+        before = 1 + x.shape[1] - seen.shape[1]
+        seen = F.pad(seen.permute(0, 3, 1, 2), (0, 0, before, x.shape[1] % 2))  # [B, C, T, F]
+        return F.relu(stage(seen)).permute(0, 2, 3, 1), tail
