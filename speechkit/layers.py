@@ -92,7 +92,9 @@ class DepthwiseConv(nn.Module):
         weight = self.conv.weight
         return weight.new_zeros(batch, self.before, weight.shape[0])
 
-    def forward(self, x: Frames, lengths: Lengths, state: Tensor | None = None) -> tuple[Frames, Tensor | None]:
+    def forward(
+        self, x: Frames, lengths: Lengths, state: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
         seen, state = carry(state, keep_valid(x, lengths), lengths)
         before = self.before + x.shape[1] - seen.shape[1]  # what no memory provides is zero
         after = self.after + -x.shape[1] % self.stride
@@ -186,7 +188,7 @@ class Subsampling(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T F"], lengths: Lengths, state: tuple[Tensor, ...] | None = None
     ) -> tuple[Frames, Lengths, tuple[Tensor, ...] | None]:
-        """Frames, their lengths, and the next state."""
+        """Encoder frames, their lengths, and the next state."""
         x = x[..., None]  # [B, T, F, C]
         tails = []
         for stage, tail in zip(self.stages, state or [None] * len(self.stages), strict=True):

@@ -133,7 +133,7 @@ def fresh_span(lengths: Int[Tensor, "B"], context: Context) -> Span:
     return Span(torch.zeros_like(lengths), lengths, context)
 
 
-def ceil_div(lengths: Tensor, stride: int) -> Tensor:
+def ceil_div(lengths: Tensor | int, stride: int) -> Any:
     """Frames left after a stride; an incomplete last frame counts."""
     return (lengths + stride - 1) // stride
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-torch.set_num_threads(int(os.environ.get("SPEECHKIT_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("SPEECHKIT_TEST_THREADS", "1")))
 install_import_hook(
     ["speechkit.types", "speechkit.stream", "speechkit.attention", "speechkit.encoders", "speechkit.layers",
      "speechkit.features", "speechkit.objectives"],
