@@ -1,0 +1,136 @@
+"""What a run keeps: the state to continue from, the best models, and a log that a restart cuts back to the state.
+
+::
+
+    runs/demo/states/step-00001500.safetensors        all of the training, to continue from
+    runs/demo/best/wer-004.32-step-00001000.safetensors    weights, named by their word error rate on dev in percent
+    runs/demo/train.csv, dev.csv                      a row a step, a row an evaluation
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class Checkpoints(Callback):
+    """Saves the state every so many steps and at the end, and the models that are best on dev.
+
+    A state is saved at the beginning of the next batch: by then an evaluation that was due has been made, so none is
+    lost or made twice whenever the run is killed.
+
+    Args:
+        folder: of the run.
+        every: optimizer steps between states.
+        best: models kept by word error rate on dev, the mean over the contexts dev was heard in.
+    """
+
+    def __init__(self, *, folder: str | Path, every: int = 500, best: int = 5) -> None:
+        for name, value in (("every", every), ("best", best)):
+            if value < 1:
+                raise ValueError(f"checkpoint.{name} must be at least 1, but is {value}.")
+        self.folder, self.every, self.best = Path(folder), every, best
+        self._saved = 0
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self._saved = module.position.step
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, index: int) -> None:
+        if module.position.step % self.every == 0:
+            self._save(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: Any) -> None:
+        step = module.position.step
+        if step > self._saved and module.between_steps:
+            path = self.folder / "states" / f"step-{step:08d}.safetensors"
+            trainer.save_checkpoint(path)
+            self._keep(path.parent, [path])
+            self._saved = step
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        rates = [value for name, value in module.latest.items() if name.startswith("dev/wer")]
+        if trainer.state.fn == "fit" and rates:
+            percent = min(999.99, 100 * sum(rates) / len(rates))
+            name = f"wer-{percent:06.2f}-step-{module.position.step:08d}.safetensors"
+            trainer.save_checkpoint(self.folder / "best" / name, weights_only=True)
+            self._keep(self.folder / "best", best(self.folder)[: self.best])
+
+    @rank_zero_only
+    def _keep(self, folder: Path, kept: list[Path]) -> None:
+        for path in set(folder.glob("*.safetensors")) - set(kept):
+            path.unlink()
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step a file was saved at."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def latest(folder: Path) -> Path | None:
+    """The state a run can continue from."""
+    return max(Path(folder, "states").glob("step-*.safetensors"), key=step_of, default=None)
+
+
+def best(folder: Path) -> list[Path]:
+    """The models kept, the one with the lowest word error rate first, of equal ones the one trained longer."""
+    return sorted(Path(folder, "best").glob("wer-*.safetensors"), key=lambda p: (p.stem[:10], -step_of(p)))
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Forget what happened after ``step``: it is about to happen again."""
+    for path in (*Path(folder, "best").glob("*"), *Path(folder, "states").glob("*")):
+        if path.suffix == ".part" or step_of(path) > step:
+            path.unlink()
+    for path in Path(folder).glob("*.csv"):
+        head, *rows = path.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
+        draft = path.with_suffix(".part")
+        draft.write_text("".join([head, *kept]))
+        os.replace(draft, path)
+
+
+class CSVLog(Logger):
+    """``train/loss`` goes to the column ``loss`` of ``train.csv``, and so on, at once."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The config has its own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for kind in dict.fromkeys(name.partition("/")[0] for name in metrics):
+            values = {
+                name.partition("/")[2]: f"{value:.9g}" for name, value in metrics.items() if name.startswith(kind)
+            }
+            self._append(self.folder / f"{kind}.csv", {"step": step, **values})
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        if not path.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        with open(path, "a") as file:
+            file.write(text.getvalue())

@@ -1,0 +1,107 @@
+"""Pictures of a training: what the model heard and where, and how the run went."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from speechkit.types import Seconds
+
+INK, SOFT, SIGNAL, WARM = "#20262e", "#9aa4b1", "#0b6e99", "#d9572b"
+
+
+def heard(
+    features: Float[np.ndarray, "T F"],
+    posteriors: Float[np.ndarray, "U V"],
+    symbols: Sequence[str],
+    seconds: Seconds,
+    title: str,
+) -> Figure:
+    """Features above, and below them when CTC hears which symbol.
+
+    Args:
+        features: log-mel frames, normalised or not.
+        posteriors: probabilities, 0 to 1; column 0 is the blank.
+        symbols: how the tokens read.
+        seconds: how long the utterance is.
+        title: for example what was said.
+    """
+    figure = Figure(figsize=(min(24.0, max(7.0, 1.6 * seconds)), 5.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    low, high = np.percentile(features, [2, 99.5])
+    extent = (0.0, seconds, 0.0, float(features.shape[1]))
+    above.imshow(features.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
+    above.set(ylabel="mel band")
+    above.set_title(title, loc="left", fontsize=10, color=INK)
+    times = (np.arange(len(posteriors)) + 0.5) * seconds / max(1, len(posteriors))
+    below.fill_between(times, posteriors[:, 0], color=SOFT, alpha=0.25, linewidth=0, label="blank")
+    audible = np.flatnonzero(posteriors[:, 1:].max(axis=0, initial=0.0) > 0.05) + 1
+    below.plot(times, posteriors[:, audible], linewidth=1.3)
+    for first, last, token in _runs(posteriors.argmax(axis=1)):
+        below.text((times[first] + times[last]) / 2, 1.06, _visible(symbols[token]), ha="center", fontsize=9, color=INK)
+    below.set(xlabel="seconds", ylabel="probability", ylim=(0.0, 1.22), xlim=(0.0, seconds), yticks=[0, 0.5, 1])
+    below.legend(loc="center right", frameon=False, fontsize=8)
+    _bare(above, below)
+    return figure
+
+
+def curve(folder: str | Path) -> Figure:
+    """The losses of a run folder's ``train.csv`` and ``dev.csv``, and below them the word error rates."""
+    train, dev = (_columns(Path(folder, name)) for name in ("train.csv", "dev.csv"))
+    figure = Figure(figsize=(7.5, 6.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    if train:
+        above.plot(train["step"], train["loss"], color=SOFT, linewidth=0.6, alpha=0.6)
+        above.plot(train["step"], _smooth(train["loss"]), color=SIGNAL, linewidth=1.6, label="train, smoothed")
+        above.set_yscale("log")
+    if dev:
+        above.plot(dev["step"], dev["loss"], color=WARM, marker="o", markersize=3, linewidth=1.4, label="dev")
+    rates = [name for name in dev if name.startswith("wer")]
+    for name, style in zip(rates, ("o-", "s--", "^:"), strict=False):
+        below.plot(dev["step"], 100 * dev[name], style, color=WARM, markersize=3, linewidth=1.4, label=name)
+    above.set(ylabel="loss")
+    below.set(ylabel="word error rate in %", xlabel="optimizer step", ylim=(0, None))
+    for axes in (above, below):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=9)
+        axes.grid(axis="y", color=SOFT, alpha=0.25, linewidth=0.6)
+    _bare(above, below)
+    return figure
+
+
+def _runs(best: np.ndarray) -> list[tuple[int, int, int]]:
+    """Where the best symbol is the same and no blank: first frame, last frame, token."""
+    borders = np.flatnonzero(np.diff(best)) + 1
+    starts, ends = [0, *borders], [*borders, len(best)]
+    return [(first, end - 1, int(best[first])) for first, end in zip(starts, ends, strict=True) if end and best[first]]
+
+
+def _visible(symbol: str) -> str:
+    return "\N{OPEN BOX}" if symbol.isspace() else symbol
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and those before it, as many as 2 % of the run."""
+    sums, width = np.cumsum(np.insert(values, 0, 0.0)), max(1, len(values) // 50)
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _bare(*many) -> None:  # type: ignore[no-untyped-def]
+    for axes in many:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=8)
