@@ -160,12 +160,12 @@ class SentencePiece:
         return [piece + 1 for piece in pieces]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return " ".join(self._spell(tokens).split())
+        return " ".join(word for word, _, _ in self.word_ranges(tokens))
 
     def word_ranges(self, tokens: Sequence[int]) -> list[WordRange]:
         starts = [at for at, token in enumerate(tokens) if at == 0 or self._starts_word(token)]
         ranges = itertools.pairwise([*starts, len(tokens)])
-        spelt = [(self._spell(tokens[first:past]).strip(), first, past) for first, past in ranges]
+        spelt = [(self._spell(tokens[first:past]), first, past) for first, past in ranges]
         return [(word, first, past) for word, first, past in spelt if word]
 
     def save(self, folder: AnyPath) -> None:
@@ -173,7 +173,7 @@ class SentencePiece:
         Path(folder, MODEL).write_bytes(self._pieces.serialized_model_proto())
 
     def _spell(self, tokens: Sequence[int]) -> str:
-        return self._pieces.decode([int(token) - 1 for token in tokens if token != BLANK])
+        return " ".join(self._pieces.decode([int(token) - 1 for token in tokens if token != BLANK]).split())
 
     def _starts_word(self, token: int) -> bool:
         return token != BLANK and self._pieces.id_to_piece(int(token) - 1).startswith("▁")
