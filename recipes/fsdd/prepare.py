@@ -1,0 +1,182 @@
+"""Connected digits of real voices: clips of the Free Spoken Digit Dataset joined, and digit strings of speechocean762.
+
+Sound: FSDD (Jakobovski/free-spoken-digit-dataset, 4 of its speakers, 1,200 clips, 8.6 minutes, CC BY-SA 4.0: what is
+joined from it keeps that licence). Its clips were recorded at 8 kHz, so nothing is above 4 kHz. speechocean762
+(jimbozhang/speechocean762, Apache-2.0, short English sentences of non-native speakers, 4.6 hours) has 145 strings of
+digits by 51 more speakers. For more voices, 3,000 utterances of the digits recipe (espeak-ng).
+Hours: about 3.2 of joined clips, 0.13 of real strings, 2.6 of synthetic ones.
+
+    speechkit prepare fsdd [--corpus FOLDER]          # data/fsdd
+
+FOLDER holds ``fsdd``, ``speechocean762_more`` and ``speechocean762_sample``, each with a manifest.jsonl. Written are
+
+====================== ================================================================================================
+train.jsonl            joined clips of george and jackson
+dev.jsonl, test.jsonl  joined clips of nicolas and of theo, the same in every run
+real.jsonl             the digit strings of speechocean762, all for training
+english/*.jsonl        everything in speechocean762, to pretrain an encoder; its own splits, disjoint in speakers
+digits/*.jsonl         the synthetic digits
+====================== ================================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import runpy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+from rich.progress import track
+
+from speechkit import audio
+from speechkit.data.augment import Hiss, Telephone, chance, mix, power
+from speechkit.data.corpora import Source, once, read_corpus, speaker_of, split_of, text_of, write_manifest
+from speechkit.data.loading import load
+from speechkit.text import normalise
+from speechkit.types import Seconds
+
+RECIPES = Path(__file__).resolve().parents[1]
+DIGITS = runpy.run_path(str(RECIPES / "digits" / "prepare.py"))
+SAMPLE_RATE = 16000
+SPEECHOCEAN = ("speechocean762_more", "speechocean762_sample")
+
+
+def prepare(
+    corpus: Path | None,
+    out: Path,
+    *,
+    train: int = 4000,
+    dev: int = 200,
+    test: int = 200,
+    synthetic: int = 3000,
+    seed: int = 0,
+) -> None:
+    """Write the manifests named above, and the audio of the joined and the synthetic ones, into ``out``.
+
+    Args:
+        corpus: the folder of recordings; by default SPEECHKIT_DATA, or ``../shared/data`` beside the project.
+        out: the folder, for example ``data/fsdd``.
+        train, dev, test: joined strings of each split; as many synthetic ones of dev and test.
+        synthetic: training utterances of the digits recipe.
+
+    Raises:
+        ValueError: if the recordings are not there.
+    """
+    home = _home(corpus)
+    sizes = {"train": train, "dev": dev, "test": test}
+    DIGITS["prepare"](None, out / "digits", train=synthetic, dev=dev, test=test, seed=seed)
+    once(out, {"recipe": "fsdd 1", "seed": seed, "corpus": str(home), **sizes}, lambda: _write(home, out, sizes, seed))
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``speechkit prepare fsdd``."""
+    parser.add_argument("--train", type=int, default=4000, help="joined training strings")
+    parser.add_argument("--dev", type=int, default=200, help="joined development strings")
+    parser.add_argument("--test", type=int, default=200, help="joined test strings")
+    parser.add_argument("--synthetic", type=int, default=3000, help="training utterances of the digits recipe")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+
+
+def _home(corpus: Path | None) -> Path:
+    home = Path(corpus or os.environ.get("SPEECHKIT_DATA") or RECIPES.parent.parent / "shared" / "data").resolve()
+    missing = [name for name in ("fsdd", *SPEECHOCEAN) if not (home / name / "manifest.jsonl").is_file()]
+    if missing:
+        raise ValueError(
+            f"{home} must hold fsdd and {' and '.join(SPEECHOCEAN)} with a manifest.jsonl each, but has no "
+            f"{missing[0]}; name the folder that does with --corpus, or in SPEECHKIT_DATA."
+        )
+    return home
+
+
+def _write(home: Path, out: Path, sizes: dict[str, int], seed: int) -> None:
+    for split, size in sizes.items():
+        clips = Clips(Source(path=str(home / "fsdd" / "manifest.jsonl"), split=split).cuts())
+        numbers = track(range(size), description=f"Joining {size} strings for {split}")
+        write_manifest(out / f"{split}.jsonl", [_join(clips, out, split, number, seed) for number in numbers])
+    english = [cut for name in SPEECHOCEAN for cut in read_corpus(home / name / "manifest.jsonl")]
+    for split in ("train", "dev", "test"):
+        write_manifest(out / "english" / f"{split}.jsonl", _records(c for c in english if split_of(c) == split))
+    write_manifest(out / "real.jsonl", _records(c for c in english if split_of(c) == "train" and _is_digits(c)))
+
+
+def _is_digits(cut: Cut) -> bool:
+    return all(word in DIGITS["WORDS"] for word in text_of(cut).lower().split())
+
+
+def _records(cuts: Iterable[Cut]) -> list[dict[str, Any]]:
+    """Lines of a manifest that point at the recordings where they lie."""
+    return [
+        {
+            "id": f"speechocean/{Path(cut.id).name}",
+            "audio": cut.recording.sources[0].source,
+            "text": normalise(text_of(cut)),
+            "duration": round(cut.duration, 4),
+            "speaker": f"speechocean/{speaker_of(cut)}",
+            "lang": "en",
+            "split": split_of(cut),
+        }
+        for cut in cuts
+    ]
+
+
+class Clips:
+    """The clips of a split, decoded once, by speaker and word."""
+
+    def __init__(self, cuts: Iterable[Cut]) -> None:
+        self.samples: dict[str, dict[str, list[np.ndarray]]] = {}
+        for cut in cuts:
+            words = self.samples.setdefault(str(speaker_of(cut)), {})
+            words.setdefault(text_of(cut), []).append(load(cut, SAMPLE_RATE))
+
+    def draw(self, dice: random.Random) -> tuple[str, list[str], list[np.ndarray]]:
+        """A speaker, one to seven words, and a clip of each."""
+        speaker = dice.choice(sorted(self.samples))
+        words = dice.choices(DIGITS["WORDS"], k=dice.randint(1, 7))
+        return speaker, words, [dice.choice(self.samples[speaker][word]) for word in words]
+
+
+def _join(clips: Clips, out: Path, split: str, number: int, seed: int) -> dict[str, Any]:
+    dice = chance("fsdd", seed, split, number)
+    speaker, words, parts = clips.draw(dice)
+    levels = [dice.uniform(-3.0, 3.0) for _ in parts]  # dB: a speaker does not say every word as loud
+    pauses = [dice.uniform(0.05, 0.3), *(dice.choice([0.02, 0.1, 0.4]) * dice.uniform(0.5, 1.5) for _ in parts[1:])]
+    samples = join(parts, levels, [*pauses, dice.uniform(0.05, 0.3)], dice)
+    name = f"{split}-{number:05d}"
+    audio.write(out / "audio" / split / f"{name}.flac", samples, SAMPLE_RATE)
+    return {
+        "id": name,
+        "audio": f"audio/{split}/{name}.flac",
+        "text": normalise(" ".join(words)),
+        "duration": len(samples) / SAMPLE_RATE,
+        "speaker": speaker,
+        "lang": "en",
+        "split": split,
+    }
+
+
+def join(
+    parts: Sequence[np.ndarray], levels_db: Sequence[float], pauses: Sequence[Seconds], dice: random.Random
+) -> np.ndarray:
+    """Clips one after the other, ``pauses[i]`` before clip i and the last one after all of them.
+
+    A pause of zeros would tell a model where the clips meet, which no real recording does. So the whole string gets
+    noise of the level of the quietest moments of its clips, and like them nothing above 4 kHz.
+    """
+    pieces = [np.zeros(round(pauses[0] * SAMPLE_RATE), np.float32)]
+    for part, level, pause in zip(parts, levels_db, pauses[1:], strict=True):
+        pieces += [part * 10 ** (level / 20), np.zeros(round(pause * SAMPLE_RATE), np.float32)]
+    joined = np.concatenate(pieces).astype(np.float32)
+    room = Telephone()(Hiss(slope=(0.0, 1.0))(len(joined), SAMPLE_RATE, dice), SAMPLE_RATE, dice)
+    floor = float(np.median([_floor(part) for part in parts]))
+    return mix(joined, room, 10 * np.log10(power(joined) / floor)) if floor else joined
+
+
+def _floor(part: np.ndarray) -> float:
+    """Power of the quietest tenth of a clip's frames of 10 ms."""
+    frames = part[: len(part) // 160 * 160].reshape(-1, 160)
+    return float(np.quantile(np.square(frames, dtype=np.float64).mean(axis=1), 0.1))
