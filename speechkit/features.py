@@ -394,7 +394,7 @@ def _slide(
     """Windows that slide over each stream by ``hop``, in any division of the stream.
 
     The state holds the last W - 1 samples, the most that an unfinished window can have, and how many it has
-    (``pending``): those at the end of the tail. The next window so starts ``pending`` before the new samples.
+    (``pending``): those at the end of the tail. So the next window starts ``pending`` before the new samples.
 
     Returns:
         Windows, T = ceil(N / hop) whatever the data; how many of them are complete; the next state.
@@ -465,6 +465,4 @@ def _mel_triangles(sample_rate: int, fft: int, bands: int, low_hz: float, high_h
     mel = 1127 * torch.log1p(torch.arange(fft // 2 + 1, dtype=torch.float64) * sample_rate / fft / 700)
     low, high = (1127 * math.log1p(hz / 700) for hz in (low_hz, high))
     place = (mel[:, None] - low) / ((high - low) / (bands + 1)) - torch.arange(bands)  # 0, 1, 2: start, top, end
-    triangles = torch.minimum(place, 2 - place).clamp(min=0)
-    triangles[-1] = 0  # Kaldi leaves out the Nyquist frequency
-    return triangles
+    return torch.minimum(place, 2 - place).clamp(min=0)
