@@ -42,6 +42,16 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self._saved = module.position.step
+        self._forget(module.position)
+
+    @rank_zero_only
+    def _forget(self, position: Any) -> None:
+        """Drop what a killed process did after the state that is continued from: it is about to happen again."""
+        for path in (*Path(self.folder, "best").glob("*"), *Path(self.folder, "states").glob("*")):
+            if path.suffix != ".safetensors" or step_of(path) > position.step:
+                path.unlink()
+        for path in self.folder.glob("*.csv"):
+            cut(path, position.number)
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, index: int) -> None:
         if module.position.step % self.every == 0:
@@ -59,10 +69,9 @@ class Checkpoints(Callback):
             self._saved = step
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
-        rates = [value for name, value in module.latest.items() if name.startswith("dev/wer")]
-        if trainer.state.fn == "fit" and rates:
-            percent = min(999.99, 100 * sum(rates) / len(rates))
-            name = f"wer-{percent:06.2f}-step-{module.position.step:08d}.safetensors"
+        rate = module.error_rate()
+        if trainer.state.fn == "fit" and rate is not None:
+            name = f"wer-{min(999.99, 100 * rate):06.2f}-step-{module.position.step:08d}.safetensors"
             trainer.save_checkpoint(self.folder / "best" / name, weights_only=True)
             self._keep(self.folder / "best", best(self.folder)[: self.best])
 
@@ -87,17 +96,12 @@ def best(folder: Path) -> list[Path]:
     return sorted(Path(folder, "best").glob("wer-*.safetensors"), key=lambda p: (p.stem[:10], -step_of(p)))
 
 
-def cut_back(folder: Path, step: int) -> None:
-    """Forget what happened after ``step``: it is about to happen again."""
-    for path in (*Path(folder, "best").glob("*"), *Path(folder, "states").glob("*")):
-        if path.suffix == ".part" or step_of(path) > step:
-            path.unlink()
-    for path in Path(folder).glob("*.csv"):
-        head, *rows = path.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
-        draft = path.with_suffix(".part")
-        draft.write_text("".join([head, *kept]))
-        os.replace(draft, path)
+def cut(path: Path, number: int) -> None:
+    """Keep the rows of a log up to batch ``number``, its second column; a torn last row goes too."""
+    head, *rows = path.read_text().splitlines(keepends=True)
+    draft = path.with_suffix(".part")
+    draft.write_text("".join([head, *(row for row in rows if row.endswith("\n") and int(row.split(",")[1]) <= number)]))
+    os.replace(draft, path)
 
 
 class CSVLog(Logger):

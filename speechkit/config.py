@@ -83,8 +83,8 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} must compose with {' '.join(overrides) or 'conf/'}, but: {_flat(error)}.") from None
     values = plain(config)
-    check(values, Training)
-    check(values["model"], Model, "model")
+    check(values, Training, later=True)
+    check(values["model"], Model, "model", later=True)
     return config
 
 
@@ -99,7 +99,7 @@ def build_model(node: Node, *, tokenizer: Any = None) -> Any:
         ValueError: naming the key that is wrong.
     """
     parts = plain(node)
-    check(parts, Model, "model")
+    check(parts, Model, "model", later=True)
     tokenizer = build(parts["text"], "model.text") if tokenizer is None else tokenizer
     encoder = build(parts["encoder"], "model.encoder")
     return build(

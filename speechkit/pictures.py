@@ -45,7 +45,7 @@ def heard(
     for first, last, token in _runs(posteriors.argmax(axis=1)):
         below.text((times[first] + times[last]) / 2, 1.06, _visible(symbols[token]), ha="center", fontsize=9, color=INK)
     below.set(xlabel="seconds", ylabel="probability", ylim=(0.0, 1.22), xlim=(0.0, seconds), yticks=[0, 0.5, 1])
-    below.legend(loc="center right", frameon=False, fontsize=8)
+    below.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     _bare(above, below)
     return figure
 
@@ -62,10 +62,11 @@ def curve(folder: str | Path) -> Figure:
     if dev:
         above.plot(dev["step"], dev["loss"], color=WARM, marker="o", markersize=3, linewidth=1.4, label="dev")
     rates = [name for name in dev if name.startswith("wer")]
-    for name, style in zip(rates, ("o-", "s--", "^:"), strict=False):
-        below.plot(dev["step"], 100 * dev[name], style, color=WARM, markersize=3, linewidth=1.4, label=name)
+    for name, color in zip(rates, (WARM, SIGNAL, INK), strict=False):
+        below.plot(dev["step"], 100 * dev[name], "o-", color=color, markersize=3, linewidth=1.4, label=name)
     above.set(ylabel="loss")
-    below.set(ylabel="word error rate in %", xlabel="optimizer step", ylim=(0, None))
+    below.set(ylabel="word error rate in %", xlabel="optimizer step")
+    below.set_ylim(0, max([1.0, *(105 * dev[name].max() for name in rates)]))
     for axes in (above, below):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
@@ -82,7 +83,7 @@ def _runs(best: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 def _visible(symbol: str) -> str:
-    return "\N{OPEN BOX}" if symbol.isspace() else symbol
+    return symbol if symbol.strip() else "\N{OPEN BOX}"
 
 
 def _columns(path: Path) -> dict[str, np.ndarray]:

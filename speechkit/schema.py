@@ -31,13 +31,16 @@ HOMES = (
 )
 
 
-def check(node: Any, target: Callable | None = None, where: str = "", given: Iterable[str] = ()) -> None:
+def check(
+    node: Any, target: Callable | None = None, where: str = "", *, given: Iterable[str] = (), later: bool = False
+) -> None:
     """Hold a node, and every node inside it, against the signature of what it names.
 
     Args:
         node: keyword arguments, with a ``_target_`` unless ``target`` is given.
         where: the full key of the node, for the message.
         given: arguments that come from elsewhere.
+        later: whether the nodes inside may lack arguments, because they are built later, with more given.
 
     Raises:
         ValueError: for a key that is not an argument, a value of the wrong type, a required argument left out, or a
@@ -51,10 +54,14 @@ def check(node: Any, target: Callable | None = None, where: str = "", given: Ite
     takes = _arguments(target or locate(node["_target_"], where, partial=partial))
     keys = {key: value for key, value in node.items() if target or key not in ("_target_", "_partial_")}
     name = node.get("_target_", where or "a training config")
+    for key in keys.keys() - takes.keys():
+        raise ValueError(
+            f"{_full(where, key)} is not a key of {name}, which takes {', '.join(sorted(takes))}{meant(key, takes)}"
+        )
     for key, value in keys.items():
-        _check_value(value, takes.get(key), key, _full(where, key), name, takes)
+        _check_value(value, takes[key], _full(where, key), later)
     missing = [k for k, p in takes.items() if p.default is p.empty and k not in keys and k not in given]
-    if missing and not partial:
+    if missing and not partial and not (later and target is None):
         raise ValueError(
             f"{_full(where, missing[0])} must be given for {name}, but is not; "
             f"add it to the config, or {_full(where, missing[0])}=VALUE to the command."
@@ -105,13 +112,7 @@ def _full(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _check_value(
-    value: Any, argument: inspect.Parameter | None, key: str, full: str, name: str, takes: Iterable[str]
-) -> None:
-    if argument is None:
-        raise ValueError(
-            f"{full} is not a key of {name}{meant(key, takes) or ';'} It takes {', '.join(sorted(takes))}."
-        )
+def _check_value(value: Any, argument: inspect.Parameter, full: str, later: bool) -> None:
     if value == "???":
         raise ValueError(f"{full} must be given, but is not; add {full}=VALUE to the command.")
     if not _fits(value, argument.annotation, argument.default):
@@ -119,19 +120,19 @@ def _check_value(
             f"{full} must be {_kind(argument.annotation)}, but is {value!r}; "
             f"change it in the config, or add {full}=VALUE to the command."
         )
-    _check_inside(value, full)
+    _check_inside(value, full, later)
 
 
-def _check_inside(value: Any, where: str) -> None:
+def _check_inside(value: Any, where: str, later: bool) -> None:
     """Check the nodes inside a value, however deep they lie in lists and mappings."""
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return check(value, where=where)
+            return check(value, where=where, later=later)
         for key, item in value.items():
-            _check_inside(item, _full(where, key))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+            _check_inside(item, _full(where, key), later)
+    elif _is_list(value):
         for number, item in enumerate(value):
-            _check_inside(item, f"{where}[{number}]")
+            _check_inside(item, f"{where}[{number}]", later)
 
 
 def _arguments(target: Callable) -> dict[str, inspect.Parameter]:

@@ -1,0 +1,240 @@
+"""``speechkit train CONFIG [key=value ...]``: compose, build, fit, keep the best; the same command continues."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor, nn
+
+from speechkit import checkpoints, pretrained
+from speechkit import config as configs
+from speechkit.app import show
+from speechkit.pretrained.state import StateIO, average
+from speechkit.recogniser import Recogniser
+
+NORM_BATCHES = 50  # of training data that the normalisation is measured on
+
+# How long a run goes on may change from one start to the next; whatever changes what a step does may not.
+MAY_DIFFER = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+
+
+def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Train what a config describes, or continue where an earlier call with the same config was interrupted.
+
+    The run folder holds the model from the first evaluation on: the best so far, and at the end the best of all.
+
+    Args:
+        config: for example ``recipes/digits/conf/demo.yaml``.
+        overrides: ``key=value``, as for `speechkit.config.compose`.
+
+    Raises:
+        ValueError: for a wrong config, missing data, a run folder with another config, or a loss that is not finite.
+    """
+    _quiet()
+    settings = configs.compose(config, overrides)
+    run, console = Path(settings.run), Console(quiet=not _first(), highlight=False)
+    _require_data(settings, Path(config))
+    state = prepare(settings, run)
+    model, data = build(settings)
+    _introduce(console, settings, model, data, state)
+    if state is None:
+        start(model, data, settings)
+    if settings.compile:
+        model.encoder.compile()
+    task = configs.build(
+        settings.task,
+        "task",
+        recogniser=model,
+        optim=configs.build(settings.optim, "optim"),
+        context=configs.build(settings.context, "context"),
+        seed=settings.seed,
+    )
+    trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
+    trainer.fit(task, data, ckpt_path=state)
+    _finish(trainer, task, data, run, console)
+    save(model, settings)
+    console.print(f"The model is in [bold]{run}[/].")
+
+
+def prepare(settings: DictConfig, run: Path) -> Path | None:
+    """Make the run folder, or see that it holds the same training; the state to continue from, if there is one.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    written = run / "config.yaml"
+    if written.exists():
+        changed = configs.differences(configs.plain(configs.load(written)), configs.plain(settings))
+        changed = [change for change in changed if not change.startswith(MAY_DIFFER)]
+        if changed:
+            raise ValueError(
+                f"{run} must hold a training with the same config to be continued, but differs in "
+                f"{'; '.join(changed[:5])}{' and more' if len(changed) > 5 else ''}; "
+                f"choose another name=..., or delete {run} to start again."
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    configs.save(settings, written)
+    return checkpoints.latest(run)
+
+
+def build(settings: DictConfig) -> tuple[Recogniser, Any]:
+    """The model with the fresh weights of its seed, and the data, which are checked here."""
+    torch.manual_seed(settings.seed)
+    model = configs.build_model(settings.model)
+    data = configs.build(
+        settings.data,
+        "data",
+        tokenizer=model.tokenizer,
+        augment=configs.build(settings.augment, "augment"),
+        sample_rate=model.sample_rate,
+        seed=settings.seed,
+    )
+    data.setup("fit")
+    return model, data
+
+
+def start(model: Recogniser, data: Any, settings: DictConfig) -> None:
+    """What a training begins with: the weights of another model, or a normalisation measured on the training data."""
+    if settings.init is not None:
+        warm_start(model, pretrained.load(settings.init), settings.init, settings.fresh)
+    else:
+        batches = itertools.islice(data.train_batches(0), NORM_BATCHES)
+        measure(model.features, ((batch.samples, batch.sample_lengths) for batch in batches))
+
+
+def measure(features: Any, heard: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Measure the normalisation of a front end, if it has one to be measured."""
+    if hasattr(getattr(features, "norm", None), "fit"):
+        features.norm.fit(features.mel(samples, lengths) for samples, lengths in heard)
+
+
+def warm_start(model: nn.Module, other: nn.Module, name: str, fresh: Sequence[str]) -> None:
+    """Take over the weights of ``other``: all of them, apart from the parts that start anew by name.
+
+    Raises:
+        ValueError: naming weights that are in one of the models only, or of another shape, and not in a fresh part.
+    """
+    ours, theirs = ({k: v for k, v in m.state_dict().items() if not _in(k, fresh)} for m in (model, other))
+    lacking = [k for k in ours if k not in theirs or theirs[k].shape != ours[k].shape]
+    unused = [k for k in theirs if k not in ours]
+    if lacking or unused:
+        parts = sorted({".".join(k.split(".")[:2]) for k in (*lacking, *unused)})
+        raise ValueError(
+            f"init must be a model with the same weights, but {name} lacks or has others for "
+            f"{', '.join(lacking[:4]) or 'nothing'} ({len(lacking)}) and has {', '.join(unused[:4]) or 'nothing'} "
+            f"({len(unused)}) to spare; to start such parts anew add 'fresh=[{','.join(parts)}]'."
+        )
+    model.load_state_dict(theirs, strict=False)
+
+
+def save(model: Recogniser, settings: DictConfig) -> None:
+    """Write the model of the run."""
+    if _first():
+        node = configs.plain(settings.model)
+        node.pop("attention", None)  # the encoder holds it, its references being filled in
+        pretrained.save(model, node, Path(settings.run, "model"))
+
+
+class SaveBest(Callback):
+    """Keeps the best model so far usable while the training goes on. It comes after `Checkpoints`."""
+
+    def __init__(self, settings: DictConfig) -> None:
+        self.settings = settings
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        kept = checkpoints.best(Path(self.settings.run))
+        if trainer.state.fn == "fit" and kept and checkpoints.step_of(kept[0]) == module.position.step:
+            save(module.recogniser, self.settings)
+
+
+def _first() -> bool:
+    """Whether this is the process that writes and speaks, or the only one."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _in(name: str, parts: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def _trainer(settings: DictConfig, run: Path, console: Console, step: int) -> Trainer:
+    board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
+    return configs.build(
+        settings.trainer,
+        "trainer",
+        callbacks=[
+            configs.build(settings.checkpoint, "checkpoint", folder=run),
+            SaveBest(settings),
+            show.Bar(console),
+            show.Samples(run, console),
+        ],
+        logger=[board, checkpoints.CSVLog(run)],
+        plugins=[StateIO()],
+        default_root_dir=run,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+    )
+
+
+def _finish(trainer: Trainer, task: Any, data: Any, run: Path, console: Console) -> None:
+    """Leave the better of two in the model: the best single one on dev, or the mean of the best ones."""
+    kept = checkpoints.best(run)
+    tried: list[tuple[float, str, Mapping[str, Tensor]]] = []
+    for name, paths in (("the best one", kept[:1]), (f"the mean of the best {len(kept)}", kept)):
+        if paths and len(paths) > len(tried):
+            weights = average(paths)
+            task.load_state_dict(weights)
+            trainer.validate(task, datamodule=data, verbose=False)
+            tried.append((task.error_rate(), name, weights))
+            console.print(f"{name}: {show.values(task.latest)}")
+    if tried:
+        task.load_state_dict(min(tried, key=lambda one: one[0])[2])
+
+
+def _require_data(settings: DictConfig, path: Path) -> None:
+    """Say how to prepare a corpus that a recipe comes with, before anything else is built."""
+    recipe = path.resolve().parents[1]
+    for name in ("train", "dev"):
+        for source in (settings.data.get(name) or {}).values():
+            file = source.get("path")
+            if file is not None and not Path(file).exists() and (recipe / "prepare.py").exists():
+                raise ValueError(
+                    f"data.{name} must be prepared before training, but {file} is not there; "
+                    f"run: speechkit prepare {recipe.name}"
+                )
+
+
+def _introduce(console: Console, settings: DictConfig, model: Recogniser, data: Any, state: Path | None) -> None:
+    cuts = [cut for source in data.train_cuts.values() for cut in source]
+    hours = sum(cut.duration for cut in cuts) / 3600
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    chunk = model.context.chunk
+    latency = "whole utterances" if chunk is None else f"streams at {1000 * chunk * model.frame_seconds:.0f} ms"
+    rows = {
+        "run": f"{settings.run}" + (f", continued from step {checkpoints.step_of(state):,}" if state else ""),
+        "model": f"{type(model.encoder).__name__}, {weights:.1f} M weights, {latency}",
+        "heads": f"{type(model.objective).__name__}, {model.tokenizer.size} tokens",
+        "data": f"{len(cuts):,} utterances, {hours:.2f} h; dev {len(data.dev_cuts):,}",
+    }
+    console.print(show.summary(rows))
+
+
+def _quiet() -> None:
+    """Lightning's advice is about things that are settled here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*dataloader is not resumable.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,334 @@
+"""Training wired up: what a step is, how its chance is drawn, and how a run continues exactly where it was.
+
+`Task` is what every training has in common; a subclass says what the loss of a batch is and how dev is judged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from speechkit import metrics
+from speechkit.recogniser import Recogniser
+from speechkit.stream import Context, ContextSampler
+from speechkit.types import Batch, EncoderOutput, FeatureOutput
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Up in a line for ``warmup`` optimizer steps, then down along a cosine to ``floor`` at the last of ``steps``."""
+
+    warmup: int
+    steps: int
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup:
+            raise ValueError(
+                f"WarmupCosine.steps must be more than the warm-up of {self.warmup}, but is {self.steps}; "
+                f"set trainer.max_steps, lower optim.schedule.warmup, or choose optim=noam, which has no last step."
+            )
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noam:
+    """Up in a line, then down with the square root of the step (1706.03762, equation 3), scaled to a peak of 1."""
+
+    warmup: int
+
+    def __call__(self, step: int) -> float:
+        return min((step + 1) / self.warmup, math.sqrt(self.warmup / (step + 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Up in a line, then the same rate for good."""
+
+    warmup: int = 0
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, (step + 1) / (self.warmup + 1))
+
+
+class Optim:
+    """An optimizer and the schedule of its rate.
+
+    Args:
+        optimizer: called with parameter groups, for example `torch.optim.AdamW`. Its weight decay leaves out vectors:
+            biases, and the gains of norms.
+        schedule: optimizer step to a factor of the learning rate.
+    """
+
+    def __init__(self, *, optimizer: Callable[..., Optimizer], schedule: Callable[[int], float]) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+
+    def __call__(self, module: nn.Module) -> tuple[Optimizer, LambdaLR]:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.dim() > 1]},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        return optimizer, LambdaLR(optimizer, self.schedule)
+
+
+class Position(NamedTuple):
+    """How far a training is: ``batch`` batches of ``epoch``, ``number`` batches in all, ``step`` optimizer steps."""
+
+    epoch: int = 0
+    batch: int = 0
+    number: int = 0
+    step: int = 0
+
+
+class Task(LightningModule):
+    """What every training has in common.
+
+    All chance of a batch (dropout, SpecAugment, context) comes from the seed and the number of the batch, so a restart
+    needs no state of a generator. `Position` is all that is kept of where the loops were: Lightning's own progress is
+    made from it, and means the same whenever it was saved.
+
+    Args:
+        optim: makes the optimizer and its schedule.
+        seed: of the run.
+    """
+
+    def __init__(self, *, optim: Optim, seed: int = 0) -> None:
+        super().__init__()
+        self.optim, self.seed = optim, seed
+        self.position = Position()
+        self.latest: dict[str, float] = {}  # what was reported last, for whoever shows it
+        self._resumed = 0  # batches of this epoch that were had before a restart
+        self._step = _Step()
+        self._meter = _Meter()
+
+    def losses(self, batch: Any, dice: int) -> Parts:
+        """``loss`` and its named parts; chance other than torch's comes from ``dice``."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optim(self)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        number = self.position.number
+        torch.manual_seed(chance(self.seed, number, self.global_rank))
+        losses = self.losses(batch, chance(self.seed, number))
+        self._step.add(losses, batch.ids)
+        return losses["loss"]
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by norm, and stop before a step that would turn the weights into NaN.
+
+        Raises:
+            ValueError: naming the utterances of the step.
+        """
+        weights = [p for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # float16 skips such steps itself
+        self._step.require_finite(None if scaled else norm, self.trainer.global_step, optimizer.param_groups[0]["lr"])
+        if gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
+        self._step.norm = norm
+
+    def on_train_start(self) -> None:
+        self._meter = _Meter()
+
+    def on_validation_end(self) -> None:
+        self._meter = _Meter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        trainer = self.trainer
+        epoch, done = trainer.current_epoch, self._resumed + index + 1
+        if trainer.is_last_batch:
+            epoch, done, self._resumed = epoch + 1, 0, 0
+        before, self.position = self.position, Position(epoch, done, self.position.number + 1, trainer.global_step)
+        if self.position.step > before.step:
+            if self.position.step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._report_step()
+            self._step = _Step()
+
+    def _report_step(self) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        speed = self._meter.per_second()
+        self.report(
+            "train", {**self._step.means(), "lr": rate, "grad_norm": self._step.norm, "frames_per_second": speed}
+        )
+        self._meter = _Meter()
+
+    def report(self, kind: str, values: dict[str, Any]) -> None:
+        """Log values as ``kind/name`` at the current step; outside of a training nothing is logged."""
+        self.latest = {f"{kind}/{name}": float(value) for name, value in values.items()}
+        for logger in self.loggers if self.trainer.state.fn == "fit" else ():
+            logger.log_metrics({f"{kind}/batch": self.position.number, **self.latest}, self.position.step)
+
+    def error_rate(self) -> float | None:
+        """The word error rate of the latest evaluation, the mean of all contexts that dev was heard in."""
+        rates = [value for name, value in self.latest.items() if name.startswith("dev/wer")]
+        return sum(rates) / len(rates) if rates else None
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no gradient waits for more to be added to it: the moments that a run can continue from."""
+        return not self._step.ids
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["position"] = list(self.position)
+        del checkpoint["loops"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.position = Position(*checkpoint["position"])
+        self._resumed = self.position.batch
+        checkpoint["loops"] = {"fit_loop": _progress(self.trainer.fit_loop.state_dict(), self.position)}
+        self.trainer.datamodule.resume(epoch=self.position.epoch, batch=self.position.batch)  # type: ignore[attr-defined]
+
+
+def chance(*key: int) -> int:
+    """A seed for each key, unlike that of any neighbour."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def _progress(loops: dict[str, Any], at: Position) -> dict[str, Any]:
+    """Lightning's progress as it is between two batches, whichever hook the state was saved in.
+
+    The data module hands out the rest of a resumed epoch, so its batches are counted from 0 again. A position between
+    steps is a multiple of the accumulation, so the steps fall where they did.
+    """
+    done = dict.fromkeys(("ready", "started", "processed", "completed"), at.number)
+    loops["epoch_loop.batch_progress"]["total"].update(done)
+    epochs = {"ready": at.epoch + 1, "started": at.epoch + 1, "processed": at.epoch, "completed": at.epoch}
+    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    for count in ("total", "current"):
+        loops["epoch_progress"][count].update(epochs)
+        steps[count].update(ready=at.step, completed=at.step)
+    return loops
+
+
+class _Step:
+    """What the batches of one optimizer step add up to."""
+
+    def __init__(self) -> None:
+        self.sums: Parts = {}
+        self.ids: list[tuple[str, ...]] = []
+        self.norm: Tensor | None = None
+
+    def add(self, losses: Parts, ids: tuple[str, ...]) -> None:
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
+        self.ids.append(ids)
+
+    def means(self) -> Parts:
+        return {name: total / len(self.ids) for name, total in self.sums.items()}
+
+    def require_finite(self, norm: Tensor | None, step: int, rate: float) -> None:
+        loss = self.means()["loss"]
+        if not torch.isfinite(loss if norm is None else loss + norm):
+            ids = [name for batch in self.ids for name in batch]
+            named = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+            raise ValueError(
+                f"The loss and its gradient must be finite, but after step {step} the loss is {float(loss):g} and the "
+                f"gradient's norm {'unknown' if norm is None else f'{float(norm):g}'} for the utterances {named}; look "
+                f"at these recordings and texts, or lower optim.optimizer.lr, which is {rate:.2g} here."
+            )
+
+
+class _Meter:
+    """Frames a second since it was made."""
+
+    def __init__(self) -> None:
+        self.frames: Tensor | int = 0
+        self.start = time.perf_counter()
+
+    def per_second(self) -> float:
+        return float(self.frames) / (time.perf_counter() - self.start)
+
+
+class Transcribe(Task):
+    """Speech to text: a `Recogniser` learns from utterances and their transcripts.
+
+    On dev it hears whole utterances (``wer``) and, if its encoder streams, what a stream would hear (``wer_stream``).
+
+    Args:
+        recogniser: the model.
+        context: draws what the encoder may see in each batch.
+        spec_augment: of the features, in training; called as ``spec_augment(frames, lengths)``.
+    """
+
+    def __init__(
+        self,
+        *,
+        recogniser: Recogniser,
+        optim: Optim,
+        context: ContextSampler = ContextSampler(whole=1.0),  # noqa: B008 - a frozen value
+        spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optim=optim, seed=seed)
+        self.recogniser, self.context, self.spec_augment = recogniser, context, spec_augment
+        streams = recogniser.context.chunk is not None
+        self.contexts = {"wer": Context()} | ({"wer_stream": recogniser.context} if streams else {})
+
+    def losses(self, batch: Batch, dice: int) -> Parts:
+        frames, lengths = self.features(batch)
+        if self.spec_augment is not None:
+            frames = self.spec_augment(frames, lengths)
+        self._meter.frames += lengths.sum()
+        encoded = self.recogniser.encoder(frames, lengths, context=self.context.draw(dice))
+        return self.recogniser.objective(encoded, batch)
+
+    def features(self, batch: Batch) -> FeatureOutput:
+        """Nothing in a front end is trained."""
+        with torch.no_grad():
+            return self.recogniser.features(batch.samples, batch.sample_lengths)
+
+    def on_validation_epoch_start(self) -> None:
+        self._readings: dict[str, list[str]] = {name: [] for name in self.contexts}
+        self._references: list[str] = []
+        self._losses: list[tuple[Tensor, int]] = []
+
+    def validation_step(self, batch: Batch, index: int) -> Any:
+        """The texts heard in whole utterances."""
+        frames, lengths = self.features(batch)
+        self._references.extend(batch.texts)
+        for name, context in self.contexts.items():
+            encoded = self.recogniser.encoder(frames, lengths, context=context)
+            self._readings[name].extend(self.read(encoded))
+            if name == "wer":
+                self._losses.append((self.recogniser.objective(encoded, batch)["loss"], len(batch.ids)))
+        return self._readings["wer"][-len(batch.ids) :]
+
+    def read(self, encoded: EncoderOutput) -> list[str]:
+        """The best text of each utterance."""
+        return [self.recogniser.tokenizer.decode(best.tokens) for best, *_ in self.recogniser.search(encoded)]
+
+    def on_validation_epoch_end(self) -> None:
+        count = sum(size for _, size in self._losses)
+        sums = [sum(float(loss) * size for loss, size in self._losses), count]
+        for texts in self._readings.values():
+            found = metrics.word_errors(self._references, texts)
+            sums += [found.errors, found.words]
+        totals = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
+        values = {"loss": totals[0] / max(1, totals[1])}
+        for name, errors, words in zip(self.contexts, totals[2::2], totals[3::2], strict=True):
+            values[name] = errors / max(1, words)
+        self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
+        self.report("dev", values)
