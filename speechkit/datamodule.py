@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from speechkit.data.augment import Augment, chance
 from speechkit.data.batching import Batches, Utterance, plan
@@ -86,7 +87,10 @@ class SpeechData(LightningDataModule):
         """
         utterances = list(self._draw(epoch))
         if not utterances:
-            raise ValueError("data.train must have at least one source, but has none; name a manifest to train on.")
+            raise ValueError(
+                f"An epoch must have at least one utterance, but data.train ({', '.join(self.train) or 'empty'}) gives "
+                f"none; name a manifest to train on, or raise the repeat of a source."
+            )
         return self._batches(utterances, chance(self.seed, epoch), self.augment, rank, world_size, skip)
 
     def dev_batches(self, *, rank: int = 0, world_size: int = 1) -> Batches:
@@ -108,7 +112,7 @@ class SpeechData(LightningDataModule):
         return self._as_recorded(cuts, 0, 1)
 
     def train_dataloader(self) -> Batches:
-        epoch, (resumed, done) = self.trainer.current_epoch, self._resume
+        epoch, (resumed, done) = self._attached.current_epoch, self._resume
         return self.train_batches(epoch, skip=done if epoch == resumed else 0, **self._ranks())
 
     def val_dataloader(self) -> Batches | list:
@@ -118,7 +122,12 @@ class SpeechData(LightningDataModule):
         return [self.test_batches(name) for name in self.test]
 
     def _ranks(self) -> dict[str, int]:
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return {"rank": self._attached.global_rank, "world_size": self._attached.world_size}
+
+    @property
+    def _attached(self) -> Trainer:
+        assert self.trainer is not None, "Lightning attaches a trainer before it asks for a loader"
+        return self.trainer
 
     def _draw(self, epoch: int) -> Iterable[Utterance]:
         """What an epoch has: each cut as often as its source says, and the fraction by chance."""
@@ -136,7 +145,15 @@ class SpeechData(LightningDataModule):
         utterances = [Utterance(cut, cut.id, cut.duration) for cut in cuts]
         return self._batches(utterances, None, None, rank, world_size, 0)
 
-    def _batches(self, utterances, dice, augment, rank, world_size, skip) -> Batches:
+    def _batches(
+        self,
+        utterances: Sequence[Utterance],
+        dice: random.Random | None,
+        augment: Augment | None,
+        rank: int,
+        world_size: int,
+        skip: int,
+    ) -> Batches:
         seconds = [utterance.seconds for utterance in utterances]
         planned = plan(seconds, max_seconds=self.max_seconds, dice=dice, rank=rank, world_size=world_size)
         return Batches(

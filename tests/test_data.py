@@ -380,6 +380,12 @@ def test_workers_and_restarts_change_nothing(corpus: Path) -> None:
     assert len(alone) == len(epoch_of(corpus)) and len(alone) - 3 == len(epoch_of(corpus, skip=3))
 
 
+def test_reading_leaves_the_dice_of_torch_alone(corpus: Path) -> None:
+    before = torch.get_rng_state()
+    list(epoch_of(corpus, augment=Augment(speeds=[0.9, 1.1], effects=EFFECTS)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_skipped_batches_are_not_read(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr("speechkit.data.batching.load", lambda cut, rate: read.append(cut.id) or load(cut, rate))

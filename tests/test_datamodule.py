@@ -132,7 +132,7 @@ def test_utterance_longer_than_a_batch_is_named(data: SpeechData) -> None:
 
 def test_nothing_to_train_on_is_refused(data: SpeechData) -> None:
     data.train = {}
-    with pytest.raises(ValueError, match=r"data.train must have at least one source"):
+    with pytest.raises(ValueError, match=r"data.train \(empty\) gives none; name a manifest"):
         data.train_batches(0)
 
 

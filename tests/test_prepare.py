@@ -205,7 +205,8 @@ def test_manifest_normalises_texts_and_lists_their_characters(tmp_path: Path, ca
     assert texts == {f"IT'S NO {number}" for number in range(10)}
     assert (tmp_path / "out" / "characters.txt").read_text() == " '0123456789INOST\n"
     report = capsys.readouterr().out
-    assert "17 characters" in report and "Rarely seen" in report and "Shortest: " in report
+    assert """17 characters; to train with them add: "model.text.symbols=' \\'0123456789INOST'\"""" in report
+    assert "Rarely seen" in report and "Shortest: " in report
 
 
 def test_manifest_can_keep_texts_and_train_subwords(tmp_path: Path) -> None:

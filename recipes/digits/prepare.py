@@ -2,7 +2,7 @@
 
 Sound: synthesised by espeak-ng (the library comes with the pip package espeakng-loader, GPL-3.0; the licence of a
 program does not extend to what it says). About 70 voices in eight accents of English, one to eight digits an utterance.
-Hours: 2.6 in the default 3,000 training utterances. Files are 16 kHz mono FLAC.
+Hours: 1.8 in the default 3,000 training utterances. Files are 16 kHz mono FLAC.
 
     speechkit prepare digits                          # data/digits, half a minute
     speechkit prepare digits --train 20000            # for the full recipe

@@ -4,7 +4,7 @@ Sound: FSDD (Jakobovski/free-spoken-digit-dataset, 4 of its speakers, 1,200 clip
 joined from it keeps that licence). Its clips were recorded at 8 kHz, so nothing is above 4 kHz. speechocean762
 (jimbozhang/speechocean762, Apache-2.0, short English sentences of non-native speakers, 4.6 hours) has 145 strings of
 digits by 51 more speakers. For more voices, 3,000 utterances of the digits recipe (espeak-ng).
-Hours: about 3.2 of joined clips, 0.13 of real strings, 2.6 of synthetic ones.
+Hours: about 3.2 of joined clips, 0.13 of real strings, 1.8 of synthetic ones.
 
     speechkit prepare fsdd [--corpus FOLDER]          # data/fsdd
 

@@ -144,7 +144,7 @@ def _report(splits: dict[str, list[Cut]], characters: Sequence[str], out: Path) 
     console = Console(highlight=False)
     console.print(table)
     for line in _remarks(splits, characters):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)  # so that it can be copied
 
 
 def _remarks(splits: dict[str, list[Cut]], characters: Sequence[str]) -> Iterable[str]:
@@ -152,7 +152,8 @@ def _remarks(splits: dict[str, list[Cut]], characters: Sequence[str]) -> Iterabl
     counts = Counter(character for cut in every for character in text_of(cut))
     shortest, longest = (choose(every, key=lambda cut: cut.duration) for choose in (min, max))
     yield f"Shortest: {shortest.id}, {shortest.duration:.2f} s. Longest: {longest.id}, {longest.duration:.2f} s."
-    yield f"{len(characters)} characters: {''.join(characters)!r}"
+    symbols = "".join(characters).replace("\\", "\\\\").replace("'", "\\'")
+    yield f"{len(characters)} characters; to train with them add: \"model.text.symbols='{symbols}'\""
     rare = [f"{character!r} ({counts[character]})" for character in characters if 0 < counts[character] < 5]
     if rare:
         yield f"Rarely seen, so hardly learnt: {', '.join(rare)}"

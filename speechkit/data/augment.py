@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from lhotse import CutSet, Recording
 from lhotse.augmentation.torchaudio import Narrowband, Speed
-from lhotse.augmentation.utils import convolve1d
+from lhotse.augmentation.utils import convolve1d, next_fast_len
 
 from speechkit.audio import Samples
 from speechkit.data.corpora import read_corpus
@@ -130,13 +130,12 @@ class Hiss:
         self.slope = interval("Hiss.slope", slope)
 
     def __call__(self, count: int, sample_rate: int, dice: random.Random) -> Samples:
-        bins = count // 2 + 1
+        size = next_fast_len(count)
         generator = np.random.Generator(np.random.PCG64(dice.getrandbits(64)))
-        spectrum = generator.standard_normal((2, bins), dtype=np.float32)
+        spectrum = generator.standard_normal((size // 2 + 1, 2), dtype=np.float32).view(np.complex64)[:, 0]
         # Flat below 50 Hz: there is no speech there, and 1 / f would put all of the power into the first bins.
-        frequencies = np.maximum(np.arange(bins) * (sample_rate / count), 50.0)
-        shaped = (spectrum[0] + 1j * spectrum[1]) * frequencies ** (-dice.uniform(*self.slope) / 2)
-        return np.fft.irfft(shaped, n=count).astype(np.float32)
+        hertz = np.maximum(np.arange(len(spectrum), dtype=np.float32) * (sample_rate / size), 50.0)
+        return np.fft.irfft(spectrum * (hertz / 50.0) ** np.float32(-dice.uniform(*self.slope) / 2), n=size)[:count]
 
 
 class Recorded:
@@ -151,7 +150,8 @@ class Recorded:
 
     def __init__(self, *, path: str, voices: Sequence[int] = (1, 1)) -> None:
         self.cuts = tuple(recordings(path))
-        self.voices = interval("Recorded.voices", voices)
+        fewest, most = interval("Recorded.voices", voices)
+        self.voices = int(fewest), int(most)
 
     def __call__(self, count: int, sample_rate: int, dice: random.Random) -> Samples:
         pieces = [self._piece(count, sample_rate, dice) for _ in range(dice.randint(*self.voices))]

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def collate(samples: Sequence[Samples], cuts: Sequence[Cut], tokenizer: Tokenize
 
 def _pad(rows: Sequence[np.ndarray], kind: type) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = [len(row) for row in rows]
-    padded = np.zeros((len(rows), max(lengths)), dtype=kind)
+    padded: np.ndarray = np.zeros((len(rows), max(lengths)), dtype=kind)
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values
     return torch.from_numpy(padded), torch.tensor(lengths)
@@ -197,6 +198,7 @@ class Batches:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.workers,
+            generator=torch.Generator(),  # or reading would advance the one that dropout draws from
             pin_memory=torch.cuda.is_available(),
         )
         for batch, faults in loader:
@@ -224,5 +226,5 @@ class Batches:
             )
 
 
-def _as_it_is(item: tuple[Batch | None, dict[str, str]]) -> tuple[Batch | None, dict[str, str]]:
+def _as_it_is(item: Any) -> Any:
     return item
