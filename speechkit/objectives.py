@@ -12,8 +12,8 @@ utterance without words is no division by zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,7 @@ class AttentionDecoder(nn.Module):
     def init_state(self, encoded: EncoderOutput, hypotheses: int = 1) -> DecoderState:
         """A state that has heard the frames and read nothing, for so many hypotheses of each utterance."""
         frames = keep_valid(encoded.frames, encoded.lengths)
-        memory = tuple(block.listen.keys_values(frames) for block in self.blocks)
+        memory = tuple(block.listen.keys_values(frames) for block in cast("Iterable[_Block]", self.blocks))
         nothing = memory[0][0][:, :, :0].repeat(hypotheses, 1, 1, 1)
         return DecoderState(memory, valid(encoded.lengths, frames.shape[1]), ((nothing, nothing),) * len(memory))
 
@@ -219,7 +219,7 @@ class _Block(nn.Module):
         self, x: Float[Tensor, "N L D"], memory: Memory, heard: Bool[Tensor, "B U"], cache: Cache
     ) -> tuple[Float[Tensor, "N L D"], Cache]:
         new = self.read.keys_values(self.read_norm(x))
-        cache = tuple(torch.cat(pair, dim=2) for pair in zip(cache, new, strict=True))
+        cache = torch.cat([cache[0], new[0]], dim=2), torch.cat([cache[1], new[1]], dim=2)
         x = x + self.dropout(self.read(self.read_norm(x), cache, _not_ahead(x.shape[1], cache[0].shape[2], x.device)))
         # Hypotheses of one utterance are queries over one memory: it is neither copied nor projected again for each.
         queries = self.listen_norm(x).reshape(len(heard), -1, x.shape[-1])  # [B, N/B*L, D]

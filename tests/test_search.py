@@ -418,22 +418,27 @@ def test_a_beam_of_one_follows_the_decoder() -> None:
 
 
 class Script(nn.Module):
-    """A decoder trained with label smoothing on one sentence: 0.9 on the right token, the rest on all alike."""
+    """A decoder that says at each place what it always says there, and counts its steps."""
 
-    def __init__(self, text: Text, vocab: int) -> None:
+    def __init__(self, probabilities: Tensor) -> None:
         super().__init__()
-        self.script, self.vocab = torch.tensor([*text, 0]), vocab
+        self.log_probs, self.steps = probabilities.double().log(), 0
 
     def init_state(self, encoded: EncoderOutput) -> Tensor:
         return torch.zeros_like(encoded.lengths)
 
     def step(self, tokens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = torch.full((len(tokens), self.vocab), 0.1 / (self.vocab - 1), dtype=torch.float64)
-        probabilities[torch.arange(len(tokens)), self.script[state.clamp(max=len(self.script) - 1)]] = 0.9
-        return probabilities.log(), state + 1
+        self.steps += 1
+        return self.log_probs[state.clamp(max=len(self.log_probs) - 1)], state + 1
 
     def select(self, state: Tensor, utterances: Tensor, hypotheses: Tensor) -> Tensor:
         return state[hypotheses]
+
+
+def smoothed(text: Text, vocab: int) -> Tensor:
+    """What label smoothing teaches of one sentence: 0.9 on the right token, the rest on all alike."""
+    probabilities = torch.full((len(text) + 1, vocab), 0.1 / (vocab - 1))
+    return probabilities.scatter(1, torch.tensor([*text, 0])[:, None], 0.9)
 
 
 class AttentionOnly(nn.Module):
@@ -449,9 +454,19 @@ def test_a_long_text_does_not_lose_against_ending_early() -> None:
     text = tuple(1 + n % 9 for n in range(150))
     assert len(text) * math.log(0.9) < math.log(0.1 / 9)
     for beam in (1, 4, 16):
-        [found] = AttentionBeam(AttentionOnly(Script(text, 10)), beam=beam)(encode(200))
+        decoder = Script(smoothed(text, 10))
+        [found] = AttentionBeam(AttentionOnly(decoder), beam=beam)(encode(200))
         assert found[0].tokens == text
         assert found[0].spans == ()
+        assert decoder.steps == 151  # and stops at once when it has ended
+
+
+def test_the_search_goes_on_while_a_text_can_still_win() -> None:
+    """Ending at once has 0.45; going on has 0.55 and is then sure of the end."""
+    decoder = Script(torch.tensor([[0.45, 0.55, 0.0], [1.0, 0.0, 0.0]]).clamp(min=1e-9))
+    [found] = AttentionBeam(AttentionOnly(decoder), beam=3)(encode(9))
+    assert [h.tokens for h in found[:2]] == [(1,), ()]
+    assert decoder.steps == 2
 
 
 def test_no_text_is_longer_than_the_limit() -> None:

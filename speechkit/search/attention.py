@@ -40,7 +40,8 @@ class _LabelBeam(Late):
 
     A text is scored by ``(1 - ctc_weight) * ln P_attention``, plus ``ctc_weight`` times its CTC prefix score while it
     lives and the CTC probability of the whole of it when it ends. Every score can only fall as a text grows. So the
-    search of an utterance may stop, and does, once a text has ended that scores no lower than any that lives.
+    search of an utterance may stop, and does, once a text has ended that scores no lower than any that lives. Its
+    hypotheses are the texts that ended until then, often a single one.
     """
 
     def __init__(self, objective: nn.Module, *, beam: int, ctc_weight: float, tokens_per_frame: float) -> None:
@@ -51,7 +52,7 @@ class _LabelBeam(Late):
                 f"token for every encoder frame."
             )
         self.attention = head(objective, "attention", self)
-        self.ctc = objective.ctc
+        self.ctc: Any = objective.ctc
         self.beam, self.ctc_weight, self.tokens_per_frame = beam, ctc_weight, tokens_per_frame
 
     def decide(self, encoded: EncoderOutput, beams: list[Beam]) -> list[Beam]:
@@ -108,7 +109,7 @@ class _LabelBeam(Late):
         self, texts: _Texts, log_probs: Float[Tensor, "B A V"]
     ) -> tuple[Tensor, Tensor, Tensor]:  # each [B, A, C+1]
         """The end (first) and the tokens each text may go on with: which, their ln P, their scores."""
-        # Twice the beam of the decoder's best tokens is enough for CTC to choose from; alone it needs the beam.
+        # Attention alone can use no more than the beam of each text; twice that gives CTC a choice.
         best = log_probs[..., BLANK + 1 :].topk(min(2 * self.beam, log_probs.shape[-1] - 1))
         tokens = torch.cat([torch.full_like(best.indices[..., :1], BLANK), best.indices + BLANK + 1], dim=-1)
         attention = texts.attention[..., None] + log_probs.gather(-1, tokens)

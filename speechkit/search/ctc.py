@@ -188,9 +188,9 @@ def _stay(prefix: _Prefix, parent: _Prefix | None, log_probs: list[float], frame
     """A prefix after a frame that adds nothing to it: a blank, or its last token held, or heard where it lives too."""
     total, best, heard = prefix.both
     blank = _Paths(total + log_probs[BLANK], best + log_probs[BLANK], heard)
-    if prefix.last == BLANK:
-        return _Prefix(prefix.key, prefix.parent, BLANK, blank, prefix.token, blank)
     log_prob, (total, best, heard) = log_probs[prefix.last], prefix.token
+    if isinstance(heard, Hypothesis):  # the empty prefix, which has no last token
+        return _Prefix(prefix.key, prefix.parent, BLANK, blank, prefix.token, blank)
     held = _Heard(heard.token, (heard.span[0], frame + 1), max(heard.confidence, math.exp(log_prob)), heard.before)
     token = _Paths(total + log_prob, best + log_prob, held)
     if parent is not None:
