@@ -105,6 +105,14 @@ def test_speech_without_espeak_says_how_to_install_it(tmp_path: Path, monkeypatc
         DIGITS["prepare"](None, tmp_path / "x", train=1, dev=1, test=1)
 
 
+def test_place_that_cannot_be_written_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "audio").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=f"must be written to {tmp_path}, but that failed for the reason above"):
+        DIGITS["prepare"](None, tmp_path, train=1, dev=1, test=1)
+    assert "train-00000.flac must be written in full, but the disk refused" in capfd.readouterr().err
+    assert not (tmp_path / ".complete").exists()
+
+
 # FSDD
 
 

@@ -18,6 +18,7 @@ import ctypes
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,10 @@ def _in_fresh_processes(shards: Sequence[tuple[Path, str, list[Utterance]]]) -> 
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise RuntimeError(f"Every utterance must be written to {shards[0][0]}, but that failed for the reason above.")
+        raise ValueError(
+            f"Every utterance must be written to {shards[0][0]}, but that failed for the reason above; "
+            f"prepare again when it is gone."
+        )
 
 
 def utterance(split: str, number: int, seed: int) -> Utterance:
@@ -178,7 +182,13 @@ def _file(split: str, said: Utterance) -> str:
 def _speak(out: Path, split: str, shard: Sequence[Utterance]) -> None:
     """Say a shard into files; runs in a process of its own."""
     torch.set_num_threads(1)
-    espeak = Espeak()
+    try:
+        _say(out, split, shard, Espeak())
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def _say(out: Path, split: str, shard: Sequence[Utterance], espeak: Espeak) -> None:
     resample = Resampler(source_hz=espeak.sample_rate, target_hz=SAMPLE_RATE)
     for said in shard:
         dry = torch.from_numpy(espeak.say(said))[None]
@@ -201,9 +211,7 @@ class Espeak:
         self.library = ctypes.CDLL(path)
         self.sample_rate = self.library.espeak_Initialize(self.RETRIEVE, 0, os.fsencode(Path(data).parent), 0)
         if self.sample_rate <= 0:
-            raise RuntimeError(
-                f"espeak-ng must find its voices in {data}, but does not; install espeakng-loader again."
-            )
+            raise ValueError(f"espeak-ng must find its voices in {data}, but does not; install espeakng-loader again.")
         self.pieces: list[np.ndarray] = []
         self.callback = self.CALLBACK(self._keep)  # held, or it would be collected while the library calls it
         self.library.espeak_SetSynthCallback(self.callback)
@@ -218,7 +226,7 @@ class Espeak:
         """Samples ``[N]`` at ``sample_rate``, between -1 and 1."""
         self.pieces.clear()
         if self.library.espeak_SetVoiceByName(said.voice.encode()):
-            raise RuntimeError(
+            raise ValueError(
                 f"espeak-ng must have the voice {said.voice}, but does not; install espeakng-loader >= 0.2.4."
             )
         for parameter, value in self._settings(said):
