@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -50,10 +51,11 @@ class Bar(Callback):
             self.console.print(f"step {module.position.step:>6,}  {values(module.latest)}")
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:
+            self.bar.stop()
 
     def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
-        self.bar.stop()
+        self.on_train_end(trainer, module)
 
 
 def done(trainer: Trainer, module: Task) -> float:
@@ -98,7 +100,7 @@ class Samples(Callback):
         if trainer.state.fn != "fit":
             return
         said, read = self.batch.texts[-1], self.texts[-1]
-        self.console.print(f"             [dim]{said}[/]  heard as  [bold]{read}[/]", highlight=False)
+        self.console.print(f"             [dim]{escape(said)}[/]  heard as  [bold]{escape(read)}[/]")
         figures = {"heard": heard(module, self.batch, read), "curve": pictures.curve(self.folder)}
         for name, figure in figures.items():
             if figure is not None:

@@ -41,10 +41,15 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         ValueError: for a wrong config, missing data, a run folder with another config, or a loss that is not finite.
     """
-    _quiet()
     settings = configs.compose(config, overrides)
-    run, console = Path(settings.run), Console(quiet=not _first(), highlight=False)
     _require_data(settings, Path(config))
+    fit(settings)
+
+
+def fit(settings: DictConfig) -> None:
+    """`train` for a config that is composed already."""
+    _quiet()
+    run, console = Path(settings.run), Console(quiet=not _first(), highlight=False)
     state = prepare(settings, run)
     model, data = build(settings)
     _introduce(console, settings, model, data, state)
