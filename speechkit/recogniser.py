@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from speechkit import features as front
+from speechkit.features import read
 from speechkit.search import Search
 from speechkit.stream import Context, State
 from speechkit.text import Tokenizer, words
 from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript
 
 Audio = str | Path | np.ndarray | Tensor
-BATCH_SECONDS: Seconds = 300.0  # of padded audio encoded together at most
+BATCH_SECONDS: Seconds = 120.0  # of padded audio encoded together at most
 LONG_FRAMES = 768  # a longer recording than a batch is heard in chunks of so many encoder frames, and remembers as many
 
 
@@ -32,6 +33,10 @@ class Recogniser(nn.Module):
         search: called as ``search(objective)``, for example `speechkit.search.Greedy`.
         tokenizer: says what the tokens of the heads mean.
     """
+
+    features: Any
+    encoder: Any
+    objective: Any
 
     def __init__(
         self,
@@ -92,14 +97,30 @@ class Recogniser(nn.Module):
         context: Context | None = None,
     ) -> tuple[EncoderOutput, State]:
         """Encode the next samples of each stream: a multiple of context.chunk frames, or fewer to end, or none."""
-        heard, ears = self.features.stream(samples, lengths, state[0])
-        encoded, mind = self.encoder.stream(heard.frames, heard.lengths, state[1], context=context)
-        return encoded, (ears, mind)
+        front, back = state
+        heard, front = self.features.stream(samples, lengths, front)
+        encoded, back = self.encoder.stream(heard.frames, heard.lengths, back, context=context)
+        return encoded, (front, back)
+
+    @overload
+    def transcribe(
+        self, audio: Audio, *, context: Context = ..., search: Search | None = ..., batch: int = ...
+    ) -> Transcript: ...
+
+    @overload
+    def transcribe(
+        self,
+        audio: list[Any] | tuple[Any, ...],
+        *,
+        context: Context = ...,
+        search: Search | None = ...,
+        batch: int = ...,
+    ) -> list[Transcript]: ...
 
     @torch.inference_mode()
     def transcribe(
         self,
-        audio: Audio | Sequence[Audio],
+        audio: Audio | list[Any] | tuple[Any, ...],
         *,
         context: Context = Context(),  # noqa: B008 - a frozen value
         search: Search | None = None,
@@ -107,7 +128,7 @@ class Recogniser(nn.Module):
     ) -> Transcript | list[Transcript]:
         """The text of recordings: files of any rate and number of channels, or samples ``[N]`` at the model's rate.
 
-        Memory is bounded: recordings are encoded in batches of similar length, and one beyond five minutes is streamed,
+        Memory is bounded: recordings are encoded in batches of similar length, and one beyond two minutes is streamed,
         with 30 s or more in sight at any time, where the encoder can.
 
         Args:
@@ -140,12 +161,14 @@ class Recogniser(nn.Module):
 
     def _clip(self, audio: Audio, name: str) -> Tensor:
         if isinstance(audio, str | Path):
-            return samples_of(front.read(audio, self.sample_rate), str(audio))
+            return samples_of(read(audio, self.sample_rate), str(audio))
         return samples_of(audio, name)
 
     def _hear(self, clips: list[Tensor], context: Context, search: Search) -> list[list[Hypothesis]]:
-        if len(clips[0]) > BATCH_SECONDS * self.sample_rate and context == Context() and self._streams():
-            return self._hear_in_chunks(clips[0], Context(left=LONG_FRAMES, chunk=LONG_FRAMES), search)
+        if len(clips[0]) > BATCH_SECONDS * self.sample_rate:
+            live = Context(left=LONG_FRAMES, chunk=LONG_FRAMES) if context == Context() else context
+            if self._streams(live):
+                return self._hear_in_chunks(clips[0], live, search)
         width = max(self.frame_samples, *map(len, clips))  # no layer has to cope with a width of 0
         samples = torch.stack([nn.functional.pad(clip, (0, width - len(clip))) for clip in clips])
         lengths = torch.tensor([len(clip) for clip in clips])
@@ -161,9 +184,9 @@ class Recogniser(nn.Module):
             _, found = search.step(encoded, found)
         return search.finish(found)
 
-    def _streams(self) -> bool:
+    def _streams(self, context: Context) -> bool:
         try:
-            self.init_state(1, context=Context(left=LONG_FRAMES, chunk=LONG_FRAMES))
+            self.init_state(1, context=context)
         except ValueError:
             return False
         return True

@@ -181,7 +181,7 @@ class Session:
         stream = self._open(slot)
         if stream.ending:
             raise ValueError(f"Slot {slot} was finished and takes no more samples; join() opens another stream.")
-        new = samples_of(samples, f"The audio pushed to slot {slot}").clone()[None]
+        new = samples_of(samples, f"The audio pushed to slot {slot}")[None]
         resampled, stream.held = stream.resampler.stream(new, torch.tensor([new.shape[1]]), stream.held)
         stream.add(resampled.samples[0, : int(resampled.lengths)])
 
@@ -342,7 +342,7 @@ def live_context(recogniser: Recogniser, chunk: Seconds | None = None) -> Contex
     return Context(left, frames * count)
 
 
-def _slowest(encoder: nn.Module) -> int:
+def _slowest(encoder: Any) -> int:
     """Encoder frames that one frame of its slowest part covers: chunk and left must be multiples of it.
 
     An encoder says what it refuses in `init_state`; nothing else needs to know its clocks.

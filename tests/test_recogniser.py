@@ -107,6 +107,7 @@ def test_a_long_recording_is_heard_in_chunks_that_lose_nothing(
     assert texts(model.transcribe(clips)) == texts(whole)  # 30 s chunks see all of these
     monkeypatch.setattr(recogniser, "LONG_FRAMES", 32)
     assert texts(model.transcribe(clips)) == [chunked[0].text, whole[1].text, chunked[2].text]
+    assert model.transcribe(clips[0], context=Context(left=32, chunk=32)).text == chunked[0].text
 
 
 def test_batches_hold_similar_lengths_and_no_more_than_they_may() -> None:

@@ -114,7 +114,8 @@ class _Job:
     def hear(self, batch: int, progress: Progress) -> tuple[list[Reading], int, Seconds]:
         """Readings, utterances that could not be read, and seconds spent hearing."""
         self.model.search = self.search
-        listen, readings, unread, spent = self._listener(batch), {}, 0, 0.0
+        listen, unread, spent = self._listener(batch), 0, 0.0
+        readings: dict[str, Transcript] = {}
         bar = progress.add_task(f"{self.run} {self.set} {self.heard}", total=sum(cut.duration for cut in self.cuts))
         for group in groups(sorted(self.cuts, key=lambda cut: cut.duration), batch):
             clips = {cut.id: clip for cut in group if (clip := self._clip(cut)) is not None}
