@@ -290,7 +290,7 @@ def test_evaluate_refuses_what_it_cannot_use_before_it_begins(
     for argv, sentence in [
         ([tmp_path / "nothing"], "nothing must be a model folder or a run, but does not exist"),
         ([corpus], "A run must be among .*all.jsonl, but none of them holds a model"),
-        ([run, tmp_path / "none.jsonl"], "none.jsonl must be a"),
+        ([run, tmp_path / "none.jsonl"], "none.jsonl must be a manifest, but there is no such file"),
         ([run, corpus, "--split", "tset"], "tset"),
         ([tmp_path / "ctc"], "must name test sets in .*config.yaml, but has none; name a manifest"),
         (

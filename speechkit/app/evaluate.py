@@ -17,11 +17,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from speechkit import config as configs
-from speechkit.app.transcribe import groups, search_of, seconds
+from speechkit.app.transcribe import groups, ready, search_of, seconds
 from speechkit.data.corpora import Cut, Source, text_of
 from speechkit.data.loading import load as load_samples
 from speechkit.metrics import alignment, char_errors, word_errors
-from speechkit.pretrained import load, model_folder
+from speechkit.pretrained import model_folder
 from speechkit.recogniser import Recogniser
 from speechkit.search import Search
 from speechkit.session import Session, live_context, transcribe
@@ -151,7 +151,7 @@ def _jobs(
     runs: Sequence[str], given: Sets, searches: Sequence[str | None], stream: bool, chunk_ms: Sequence[float]
 ) -> Iterator[_Job]:
     for run in runs:
-        model = load(run)
+        model = ready(run)
         streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or [live_context(model)] * stream
         found = [(name or _snake(type(model.search).__name__), search_of(model, name)) for name in searches]
         for name, cuts in (given or _own(run)).items():
@@ -165,10 +165,9 @@ def _snake(name: str) -> str:
 
 
 def _is_run(name: str) -> bool:
-    path = Path(name)
-    if path.is_file() and path.suffix in (".jsonl", ".gz"):
+    if name.endswith((".jsonl", ".jsonl.gz")):
         return False
-    model_folder(path)  # says what is wrong with it
+    model_folder(name)  # says what is wrong with it
     return True
 
 

@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from speechkit import audio
-from speechkit.app.transcribe import search_of, seconds
-from speechkit.pretrained import load
+from speechkit.app.transcribe import ready, seconds
 from speechkit.session import Session, Update, live_context, transcript
 from speechkit.types import Seconds
 
@@ -24,8 +23,7 @@ def stream(
     *, model: str, file: str, chunk_ms: float | None = None, search: str | None = None, realtime: bool = False
 ) -> None:
     """Print the text of a file as it grows, then all of it, with the latency and the real-time factor."""
-    recogniser = load(model)
-    recogniser.search = search_of(recogniser, search)
+    recogniser = ready(model, search)
     session = Session(recogniser, context=live_context(recogniser, seconds(chunk_ms)))
     clock, finals, console = _Clock(), [], Console(highlight=False)
     with _Screen(console) if console.is_terminal else _Lines() as show:

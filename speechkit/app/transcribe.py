@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from speechkit import features
 from speechkit.config import build, catalogue
@@ -35,8 +36,7 @@ def transcribe(
     batch: int = 16,
 ) -> int:
     """Print the text of each file that can be read; the exit status is 1 if one could not."""
-    recogniser = load(model)
-    recogniser.search = search_of(recogniser, search)
+    recogniser = ready(model, search)
     context = live_context(recogniser, seconds(chunk_ms)) if stream or chunk_ms else None
     readable = _Reading(files, recogniser.sample_rate)
     for group in groups(readable, batch):
@@ -51,6 +51,13 @@ def transcribe(
             print(_json(file, transcript, rtf) if as_json else _plain(file, transcript, timestamps, len(files) > 1))
         sys.stdout.flush()
     return 1 if readable.faults else 0
+
+
+def ready(model: str, search: str | None = None) -> Recogniser:
+    """The model of a folder or run, on the GPU if there is one, with the named search or its own."""
+    recogniser = load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    recogniser.search = search_of(recogniser, search)
+    return recogniser
 
 
 def search_of(recogniser: Recogniser, name: str | None) -> Search:
