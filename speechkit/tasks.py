@@ -146,10 +146,10 @@ class Task(LightningModule):
         weights = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # float16 skips such steps itself
-        self._step.require_finite(None if scaled else norm, self.trainer.global_step, optimizer.param_groups[0]["lr"])
+        self._step.norm, self._step.rate = norm, optimizer.param_groups[0]["lr"]
+        self._step.require_finite(self.trainer.global_step, scaled)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
-        self._step.norm = norm
 
     def on_train_start(self) -> None:
         self._meter = _Meter()
@@ -169,11 +169,8 @@ class Task(LightningModule):
             self._step = _Step()
 
     def _report_step(self) -> None:
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        speed = self._meter.per_second()
-        self.report(
-            "train", {**self._step.means(), "lr": rate, "grad_norm": self._step.norm, "frames_per_second": speed}
-        )
+        step, speed = self._step, self._meter.per_second()
+        self.report("train", {**step.means(), "lr": step.rate, "grad_norm": step.norm, "frames_per_second": speed})
         self._meter = _Meter()
 
     def report(self, kind: str, values: dict[str, Any]) -> None:
@@ -230,7 +227,8 @@ class _Step:
     def __init__(self) -> None:
         self.sums: Parts = {}
         self.ids: list[tuple[str, ...]] = []
-        self.norm: Tensor | None = None
+        self.norm: Tensor | float = math.nan
+        self.rate = math.nan
 
     def add(self, losses: Parts, ids: tuple[str, ...]) -> None:
         self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
@@ -239,15 +237,15 @@ class _Step:
     def means(self) -> Parts:
         return {name: total / len(self.ids) for name, total in self.sums.items()}
 
-    def require_finite(self, norm: Tensor | None, step: int, rate: float) -> None:
+    def require_finite(self, step: int, scaled: bool) -> None:
         loss = self.means()["loss"]
-        if not torch.isfinite(loss if norm is None else loss + norm):
+        if not torch.isfinite(loss if scaled else loss + self.norm):
             ids = [name for batch in self.ids for name in batch]
             named = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
             raise ValueError(
                 f"The loss and its gradient must be finite, but after step {step} the loss is {float(loss):g} and the "
-                f"gradient's norm {'unknown' if norm is None else f'{float(norm):g}'} for the utterances {named}; look "
-                f"at these recordings and texts, or lower optim.optimizer.lr, which is {rate:.2g} here."
+                f"gradient's norm {float(self.norm):g} for the utterances {named}; look at these recordings and texts, "
+                f"or lower optim.optimizer.lr, which is {self.rate:.2g} here."
             )
 
 

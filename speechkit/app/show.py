@@ -56,6 +56,8 @@ class Bar(Callback):
 
     def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, module)
+        if isinstance(exception, KeyboardInterrupt):
+            self.console.print(f"Stopped after step {module.position.step:,}; the same command continues.")
 
 
 def done(trainer: Trainer, module: Task) -> float:

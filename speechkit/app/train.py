@@ -241,5 +241,5 @@ def _introduce(console: Console, settings: DictConfig, model: Recogniser, data: 
 def _quiet() -> None:
     """Lightning's advice is about things that are settled here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*dataloader is not resumable.*", ".*LeafSpec.*"):
+    for message in (".*many workers.*", ".*not resumable.*", ".*LeafSpec.*", ".*across ranks is zero.*"):
         warnings.filterwarnings("ignore", message)
