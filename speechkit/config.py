@@ -52,7 +52,6 @@ class Training:
     checkpoint: Node
     init: str | None
     fresh: list[str]
-    compile: bool
 
 
 def catalogue() -> Path:

@@ -96,7 +96,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path) -> None:
         ("trainer.accelerator=3", ["trainer.accelerator", "text", "3"]),
         ("model.encoder.attention=softmax", ["model.encoder.attention", "_target_", "'softmax'"]),
         ("seed=abc", ["seed", "an integer", "'abc'"]),
-        ("compile=maybe", ["compile", "true or false", "'maybe'"]),
+        ("model.encoder.convolution.causal=maybe", ["convolution.causal", "true or false", "'maybe'"]),
         ("name=???", ["name must be given"]),
         ("--fast", ["key=value", "--fast"]),
         ("augment=recorded", ["augment.effects.noise.source.path must be given"]),

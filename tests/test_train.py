@@ -216,6 +216,11 @@ def test_other_config_in_the_same_folder_is_refused(tones: Path, finished: Path)
     assert load(finished)
 
 
+def test_config_of_a_run_that_never_began_can_be_corrected(tones: Path) -> None:
+    refusal(train, tones, ["name=corrected", "data.train.tones.min_seconds=100"])
+    assert load(run(tones, "corrected", "trainer.max_steps=6"))
+
+
 def test_missing_data_says_how_to_prepare_it(tones: Path, tmp_path: Path) -> None:
     config = tmp_path / "recipes" / "digits" / "conf" / "demo.yaml"
     config.parent.mkdir(parents=True)

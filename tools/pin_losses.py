@@ -36,7 +36,7 @@ def smoke(path: Path, folder: Path) -> list[float]:
 def _on_ten_clips(settings: DictConfig, manifest: Path, run: Path) -> DictConfig:
     source = {"_target_": "speechkit.data.Source", "path": str(manifest)}
     with open_dict(settings):
-        settings.update(run=str(run), init=None, compile=False)
+        settings.update(run=str(run), init=None)
         settings.data.update(train={"clips": source}, dev={}, test={}, workers=0, max_seconds=60)
         settings.trainer.update(accelerator="cpu", devices=1, strategy="auto", precision="32-true", max_time=None)
         settings.trainer.update(max_steps=STEPS, max_epochs=-1, accumulate_grad_batches=1, log_every_n_steps=1)

@@ -55,8 +55,6 @@ def fit(settings: DictConfig) -> None:
     _introduce(console, settings, model, data, state)
     if state is None:
         start(model, data, settings)
-    if settings.compile:
-        model.encoder.compile()
     task = configs.build(
         settings.task,
         "task",
@@ -79,7 +77,8 @@ def prepare(settings: DictConfig, run: Path) -> Path | None:
         ValueError: naming what differs.
     """
     written = run / "config.yaml"
-    if written.exists():
+    begun = checkpoints.latest(run) or (run / "model").exists()  # a run that failed before may be corrected
+    if begun and written.exists():
         changed = configs.differences(configs.plain(configs.load(written)), configs.plain(settings))
         changed = [change for change in changed if not change.startswith(MAY_DIFFER)]
         if changed:
