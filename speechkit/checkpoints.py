@@ -47,9 +47,9 @@ class Checkpoints(Callback):
     @rank_zero_only
     def _forget(self, position: Any) -> None:
         """Drop what a killed process did after the state that is continued from: it is about to happen again."""
-        for path in (*Path(self.folder, "best").glob("*"), *Path(self.folder, "states").glob("*")):
-            if path.suffix != ".safetensors" or step_of(path) > position.step:
-                path.unlink()
+        later = (path for path in self.folder.glob("*/*step-*.safetensors") if step_of(path) > position.step)
+        for path in (*later, *self.folder.glob("*/.*step-*.safetensors.part")):
+            path.unlink()
         for path in self.folder.glob("*.csv"):
             cut(path, position.number)
 

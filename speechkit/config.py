@@ -74,7 +74,8 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     changes = [_change(override, file.parent) for override in overrides]
     try:
         with hydra.initialize_config_dir(str(file.parent.resolve()), version_base="1.3"):
-            search = f"hydra.searchpath=['file://{catalogue().resolve()}']"
+            home = str(catalogue().resolve()).replace("'", r"\'")
+            search = f"hydra.searchpath=['file://{home}']"
             config = hydra.compose(file.stem, overrides=[search, *changes])
         OmegaConf.resolve(config)
     except MissingConfigException as error:

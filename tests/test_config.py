@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def test_misspelt_key_of_a_file_is_named_too(tones: Path) -> None:
     assert "data.max_second" in refusal(config.compose, file) and "did you mean max_seconds" in refusal(
         config.compose, file
     )
+
+
+def test_catalogue_in_a_folder_with_a_strange_name_is_found(tones: Path, monkeypatch: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "the one's, conf=1"
+    shutil.copytree(config.catalogue(), copy)
+    monkeypatch.setattr(config, "catalogue", lambda: copy)
+    assert config.compose(tones).name == "tones"
 
 
 def test_absent_file_and_broken_yaml_are_sentences(tones: Path) -> None:

@@ -221,6 +221,18 @@ def test_config_of_a_run_that_never_began_can_be_corrected(tones: Path) -> None:
     assert load(run(tones, "corrected", "trainer.max_steps=6"))
 
 
+def test_run_that_was_moved_continues_with_other_workers_and_logs(tones: Path) -> None:
+    before = run(tones, "before", "trainer.max_steps=6", "optim=constant")
+    shutil.move(before, home(tones, "after"))
+    after = run(tones, "after", "trainer.max_steps=8", "optim=constant", "data.workers=1", "checkpoint.every=1")
+    assert len(rows(after)) == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_trainer_for_an_absent_gpu_is_one_sentence(tones: Path) -> None:
+    assert "trainer=cpu" in refusal(train, tones, ["name=gpu", "trainer=gpu"])
+
+
 def test_missing_data_says_how_to_prepare_it(tones: Path, tmp_path: Path) -> None:
     config = tmp_path / "recipes" / "digits" / "conf" / "demo.yaml"
     config.parent.mkdir(parents=True)

@@ -72,7 +72,8 @@ def done(trainer: Trainer, module: Task) -> float:
 
 
 def _state(module: Task) -> str:
-    return f"step {module.position.step:>6,}  loss {module.latest.get('train/loss', float('nan')):.3f}"
+    loss = module.latest.get("train/loss")
+    return f"step {module.position.step:>6,}" + ("" if loss is None else f"  loss {loss:.3f}")
 
 
 def values(latest: dict[str, float]) -> str:

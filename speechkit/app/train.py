@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
@@ -25,8 +26,8 @@ from speechkit.recogniser import Recogniser
 
 NORM_BATCHES = 50  # of training data that the normalisation is measured on
 
-# How long a run goes on may change from one start to the next; whatever changes what a step does may not.
-MAY_DIFFER = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+# What changes nothing about the steps that were made, and may differ when a run is continued.
+MAY_DIFFER = ("name:", "run:", "data.workers:", "checkpoint.", "trainer.max_", "trainer.log_every_n_steps:")
 
 
 def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -156,6 +157,7 @@ class SaveBest(Callback):
     def __init__(self, settings: DictConfig) -> None:
         self.settings = settings
 
+    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         kept = checkpoints.best(Path(self.settings.run))
         if trainer.state.fn == "fit" and kept and checkpoints.step_of(kept[0]) == module.position.step:
@@ -173,25 +175,25 @@ def _in(name: str, parts: Sequence[str]) -> bool:
 
 def _trainer(settings: DictConfig, run: Path, console: Console, step: int) -> Trainer:
     board = TensorBoardLogger(run, name="", version="tensorboard", purge_step=step + 1)
-    return configs.build(
-        settings.trainer,
-        "trainer",
-        callbacks=[
-            configs.build(settings.checkpoint, "checkpoint", folder=run),
-            SaveBest(settings),
-            show.Bar(console),
-            show.Samples(run, console),
-        ],
-        logger=[board, checkpoints.CSVLog(run)],
-        plugins=[StateIO()],
-        default_root_dir=run,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,
-        use_distributed_sampler=False,
-    )
+    keep = configs.build(settings.checkpoint, "checkpoint", folder=run)
+    try:
+        return configs.build(
+            settings.trainer,
+            "trainer",
+            callbacks=[keep, SaveBest(settings), show.Bar(console), show.Samples(run, console)],
+            logger=[board, checkpoints.CSVLog(run)],
+            plugins=[StateIO()],
+            default_root_dir=run,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        message = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"trainer must fit this machine, but: {message}; trainer=cpu runs anywhere.") from error
 
 
 def _finish(trainer: Trainer, task: Any, data: Any, run: Path, console: Console) -> None:
