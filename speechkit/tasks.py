@@ -154,6 +154,9 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         self._meter = _Meter()
 
+    def on_train_epoch_start(self) -> None:
+        self._resumed = 0  # Lightning leaves this hook out for the epoch that is continued
+
     def on_validation_end(self) -> None:
         self._meter = _Meter()
 
@@ -161,7 +164,7 @@ class Task(LightningModule):
         trainer = self.trainer
         epoch, done = trainer.current_epoch, self._resumed + index + 1
         if trainer.is_last_batch:
-            epoch, done, self._resumed = epoch + 1, 0, 0
+            epoch, done = epoch + 1, 0
         before, self.position = self.position, Position(epoch, done, self.position.number + 1, trainer.global_step)
         if self.position.step > before.step:
             if self.position.step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
