@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -29,6 +28,8 @@ class SpeechData(LightningDataModule):
         augment: for training only; ``None`` is as recorded.
         sample_rate: of the samples in a batch; files of other rates are resampled.
         max_seconds: of a batch, padding included.
+        short_first: epochs at the beginning that go from short utterances to long ones (1512.02595, section 3.2): CTC
+            finds its first alignments where few are possible.
         workers: processes that read and augment ahead; 0 does it in the training process.
         seed: of the order and of all augmentation.
         max_unread: the share of an epoch's utterances that may turn out unreadable before training stops.
@@ -44,6 +45,7 @@ class SpeechData(LightningDataModule):
         augment: Augment | None = None,
         sample_rate: int = 16000,
         max_seconds: Seconds = 120.0,
+        short_first: int = 0,
         workers: int = 1,
         seed: int = 0,
         max_unread: float = 0.05,
@@ -51,7 +53,8 @@ class SpeechData(LightningDataModule):
         super().__init__()
         self.train, self.dev, self.test = dict(train), dict(dev), dict(test)
         self.tokenizer, self.augment, self.sample_rate = tokenizer, augment, sample_rate
-        self.max_seconds, self.workers, self.seed, self.max_unread = max_seconds, workers, seed, max_unread
+        self.max_seconds, self.short_first, self.workers = max_seconds, short_first, workers
+        self.seed, self.max_unread = seed, max_unread
         self._resume = (-1, 0)
         self._known: set[str] = set()
 
@@ -91,7 +94,12 @@ class SpeechData(LightningDataModule):
                 f"An epoch must have at least one utterance, but data.train ({', '.join(self.train) or 'empty'}) gives "
                 f"none; name a manifest to train on, or raise the repeat of a source."
             )
-        return self._batches(utterances, chance(self.seed, epoch), self.augment, rank, world_size, skip)
+        seconds, dice = [u.seconds for u in utterances], chance(self.seed, epoch)
+        short_first = epoch < self.short_first
+        planned = plan(
+            seconds, max_seconds=self.max_seconds, dice=dice, short_first=short_first, rank=rank, world_size=world_size
+        )
+        return self._batches(utterances, planned, augment=self.augment, skip=skip)
 
     def dev_batches(self, *, rank: int = 0, world_size: int = 1) -> Batches:
         """All of dev, never augmented, the longest first; ranks share it."""
@@ -143,19 +151,17 @@ class SpeechData(LightningDataModule):
 
     def _as_recorded(self, cuts: Iterable[Cut], rank: int, world_size: int) -> Batches:
         utterances = [Utterance(cut, cut.id, cut.duration) for cut in cuts]
-        return self._batches(utterances, None, None, rank, world_size, 0)
+        seconds = [utterance.seconds for utterance in utterances]
+        planned = plan(seconds, max_seconds=self.max_seconds, rank=rank, world_size=world_size)
+        return self._batches(utterances, planned)
 
     def _batches(
         self,
         utterances: Sequence[Utterance],
-        dice: random.Random | None,
-        augment: Augment | None,
-        rank: int,
-        world_size: int,
-        skip: int,
+        planned: Sequence[Sequence[int]],
+        augment: Augment | None = None,
+        skip: int = 0,
     ) -> Batches:
-        seconds = [utterance.seconds for utterance in utterances]
-        planned = plan(seconds, max_seconds=self.max_seconds, dice=dice, rank=rank, world_size=world_size)
         return Batches(
             batches=[[utterances[i] for i in batch] for batch in planned],
             tokenizer=self.tokenizer,

@@ -28,7 +28,6 @@ from speechkit.types import FeatureOutput, Seconds
 
 AT_ONCE = 1 << 20  # samples resampled together; more only costs memory
 PREEMPHASIS = 0.97
-LOG_FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor under the energy of a band
 
 
 class SampleOutput(NamedTuple):
@@ -125,6 +124,9 @@ class LogMel(nn.Module):
         window_seconds, hop_seconds: length and distance of the frames.
         low_hz, high_hz: edges of the lowest and the highest triangle; a ``high_hz`` of 0 or less counts down from half
             the sample rate.
+        floor: the least energy of a band. 1.0 is a tenth of what rounding to 16 bits alone leaves in one. Kaldi adds
+            dither and then needs no floor (its own is 1.2e-7); without, a muted microphone or a made-up silence would
+            lie seven deviations below any room, and a normalisation measured with it would flatten the speech.
         scale: samples are multiplied by it first. Kaldi reads 16-bit integers, hence 32768; checkpoints that were
             trained on samples between -1 and 1 want 1. It decides how far above the floor of the logarithm speech lies.
     """
@@ -142,6 +144,7 @@ class LogMel(nn.Module):
         low_hz: float = 20.0,
         high_hz: float = 0.0,
         scale: float = 32768.0,
+        floor: float = 1.0,
     ) -> None:
         super().__init__()
         # Kaldi cuts off fractions of a sample; the millionth is for products like 0.0999...
@@ -151,7 +154,7 @@ class LogMel(nn.Module):
                 f"LogMel.hop_seconds must be at least one sample and at most window_seconds ({window_seconds}), or "
                 f"samples are skipped, but is {hop_seconds}."
             )
-        self.sample_rate, self.dim = sample_rate, bands
+        self.sample_rate, self.dim, self.floor = sample_rate, bands, floor
         self.fft = 1 << (self.window - 1).bit_length()
         taper = scale * torch.hann_window(self.window, periodic=False, dtype=torch.float64) ** 0.85
         self.register_buffer("taper", taper.float(), persistent=False)
@@ -185,7 +188,7 @@ class LogMel(nn.Module):
         x = torch.cat([x[..., :1] * (1 - PREEMPHASIS), x[..., 1:] - PREEMPHASIS * x[..., :-1]], dim=-1)
         spectrum = torch.fft.rfft(x * self.taper, n=self.fft)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
-        return (power @ self.mel).clamp(min=LOG_FLOOR).log()
+        return (power @ self.mel).clamp(min=self.floor).log()
 
 
 class GlobalNorm(nn.Module):

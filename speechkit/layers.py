@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from speechkit.stream import carry, ceil_div, keep_valid, valid
+from speechkit.stream import State, carry, ceil_div, keep_valid, valid
 
 Frames = Float[Tensor, "B U D"]
 Lengths = Int[Tensor, "B"]
@@ -141,6 +141,17 @@ class Convolution(nn.Module):
         return self.dropout(self.project(F.silu(self.norm(y, lengths)))), state
 
 
+def _keep_variance(module: nn.Module) -> None:
+    """He's initialisation (1502.01852): what comes out of ReLU layers varies as much as what went in.
+
+    torch's default loses two thirds of the variance at each layer, and a stack of them starts training with frames
+    that are nearly all alike, which CTC answers with blanks for a thousand steps.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if isinstance(module, nn.Conv2d) else "linear")
+        nn.init.zeros_(module.bias)
+
+
 class Subsampling(nn.Module):
     """Features to encoder frames: ``stages`` convolutions of 3x3 with stride 2 and ReLU, then a linear map.
 
@@ -178,6 +189,7 @@ class Subsampling(nn.Module):
         self.linear = nn.Linear(channels * self.bands[-1], dim)
         self.dropout = nn.Dropout(dropout)
         self.channels, self.stride = channels, 2**stages
+        self.apply(_keep_variance)
 
     def init_state(self, batch: int) -> tuple[Tensor, ...]:
         """One remembered frame a stage, ``[B, 1, bands, channels]``."""
@@ -186,11 +198,11 @@ class Subsampling(nn.Module):
         return tuple(new(batch, 1, bands, width) for bands, width in zip(self.bands, widths, strict=False))
 
     def forward(
-        self, x: Float[Tensor, "B T F"], lengths: Lengths, state: tuple[Tensor, ...] | None = None
-    ) -> tuple[Frames, Lengths, tuple[Tensor, ...] | None]:
+        self, x: Float[Tensor, "B T F"], lengths: Lengths, state: State | None = None
+    ) -> tuple[Frames, Lengths, State | None]:
         """Encoder frames, their lengths, and the next state."""
         x = x[..., None]  # [B, T, F, C]
-        tails = []
+        tails: list[Tensor | None] = []
         for stage, tail in zip(self.stages, state or [None] * len(self.stages), strict=True):
             x, tail = self._halve(stage, x, lengths, tail)
             lengths = ceil_div(lengths, 2)

@@ -75,7 +75,19 @@ class Context:
         Raises:
             ValueError: for a whole-utterance context, which has to wait for the end.
         """
-        return self.streamable().chunk
+        chunk = self.streamable().chunk
+        assert chunk is not None
+        return chunk
+
+    def memory(self) -> int:
+        """Frames a stream remembers from before its chunk.
+
+        Raises:
+            ValueError: for a context that remembers all of them.
+        """
+        left = self.streamable().left
+        assert left is not None
+        return left
 
     def streamable(self) -> Context:
         """This context, if a stream can live in it with bounded memory and delay.

@@ -61,7 +61,7 @@ def run_stream(
     streams that are over; every place past a length holds NaN.
     """
     dice = random.Random(seed)
-    step = chunks * context.streamable().chunk * encoder.stride
+    step = chunks * context.latency() * encoder.stride
     total, position = said.lengths.tolist(), [0] * len(said.lengths)
     state = encoder.init_state(len(total), context=context)
     pieces: list[list[Tensor]] = [[] for _ in total]
@@ -102,7 +102,7 @@ def verify_stream(
     """
     encoder.eval()
     context = (context or encoder.context).streamable()
-    step = context.chunk * encoder.stride
+    step = context.latency() * encoder.stride
     lengths = [5 * step + 3, 9 * step, 1, 7 * step + step // 2, 2 * step + encoder.stride, 6 * step - 1]
     said = Utterances.draw(lengths, features)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def _verify_rows(
     encoder: Any, said: Utterances, context: Context, expected: Tensor, lengths: Tensor, tolerance: float
 ) -> None:
     """Two rows serve all utterances: a row that is free holds NaN, in its input and in its state."""
-    step = context.chunk * encoder.stride
+    step = context.latency() * encoder.stride
     waiting = list(range(len(lengths)))
     rows: list[list[int] | None] = [None, None]  # utterance and position
     heard: dict[int, list[Tensor]] = {b: [] for b in waiting}
@@ -191,11 +191,11 @@ def _poisoned(encoder: Any, batch: int, context: Context) -> State:
 
 def _verify_long(encoder: Any, features: int, context: Context, tolerance: float) -> None:
     """Past 5,000 encoder frames, where tables of positions end in other toolkits, and past a neighbour's end."""
-    step = context.chunk * encoder.stride
-    chunks = 5000 // context.chunk + 2
+    step = context.latency() * encoder.stride
+    chunks = 5000 // context.latency() + 2
     said = Utterances.draw([chunks * step + 1, 3 * step], features, seed=1)
     whole = encoder.forward(said.features, said.lengths, context=context)
-    frames, lengths, _ = run_stream(encoder, said, context, chunks=max(1, 256 // context.chunk))
+    frames, lengths, _ = run_stream(encoder, said, context, chunks=max(1, 256 // context.latency()))
     assert lengths.tolist() == whole.lengths.tolist(), (
         f"long streams: lengths must be {whole.lengths}, but are {lengths}."
     )

@@ -55,6 +55,14 @@ def test_epoch_is_exact_after_a_restart(data: SpeechData) -> None:
     assert ids(whole) != ids(data.train_batches(3))
 
 
+def test_first_epochs_go_from_short_to_long_if_asked(data: SpeechData) -> None:
+    data.short_first = 1
+    first, second = ([max(batch.sample_lengths.tolist()) for batch in data.train_batches(epoch)] for epoch in (0, 1))
+    assert all(a <= 1.5 * b for a, b in zip(first, first[1:], strict=False)) and first[0] < first[-1]
+    assert any(a > 1.5 * b for a, b in zip(second, second[1:], strict=False))
+    assert ids(data.train_batches(0, skip=2)) == ids(data.train_batches(0))[2:]
+
+
 def test_augmentation_differs_from_epoch_to_epoch_and_spares_dev(data: SpeechData) -> None:
     def sound(batches, name: str) -> torch.Tensor:
         return next(

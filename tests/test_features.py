@@ -447,4 +447,15 @@ def test_real_recordings_give_the_same_frames_chunked_and_whole(recordings: Path
 
 def test_real_recordings_agree_with_kaldi(recordings: Path) -> None:
     for path in sorted((recordings / "librispeech_sample" / "audio").rglob("*.flac"))[:3]:
-        _assert_kaldi(LogMel(), torch.from_numpy(features.read(path, 16000)))
+        mel = LogMel(floor=torch.finfo(torch.float32).eps)  # Kaldi's own
+        _assert_kaldi(mel, torch.from_numpy(features.read(path, 16000)))
+
+
+def test_a_muted_microphone_lies_at_the_floor_and_speech_above_it(recordings: Path) -> None:
+    speech = torch.from_numpy(
+        features.read(recordings / "librispeech_sample" / "audio" / "19" / "19-227-0000.flac", 16000)
+    )
+    samples = torch.stack([speech, torch.zeros_like(speech)])
+    frames = LogMel()(samples, torch.tensor([len(speech)] * 2)).frames
+    assert not frames[1].any(), "the logarithm of the floor, 1, is 0"
+    assert frames[0].min() > 0, "rounding to 16 bits alone is above the floor"

@@ -157,6 +157,7 @@ class Alibi(ScoreTerm):
 
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__(dim=dim, heads=heads)
+        self.slopes: Tensor
         self.register_buffer("slopes", _slopes(heads), persistent=False)
 
     def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"]) -> Float[Tensor, "1 H U S"]:

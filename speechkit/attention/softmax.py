@@ -54,7 +54,7 @@ class Softmax(nn.Module):
 
     def init_state(self, batch: int, context: Context) -> KeysValues:
         """No keys yet: the slots stand before position 0, where nothing looks."""
-        shape = (batch, context.streamable().left, self.kv_heads, self.width)
+        shape = (batch, context.memory(), self.kv_heads, self.width)
         return self.out.weight.new_zeros(shape), self.out.weight.new_zeros(shape)
 
     def forward(
@@ -67,7 +67,7 @@ class Softmax(nn.Module):
         v, values = carry(values, v, span.lengths)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, span, term=self.position, pattern=self.pattern, dropout=dropout, kernel=self.kernel)
-        return self.out(y.flatten(2)), None if keys is None else (keys, values)
+        return self.out(y.flatten(2)), None if keys is None or values is None else (keys, values)
 
     def _project(self, x: Float[Tensor, "B U D"]) -> tuple[Tensor, Tensor, Tensor]:
         return (

@@ -43,6 +43,7 @@ def plan(
     *,
     max_seconds: Seconds,
     dice: random.Random | None = None,
+    short_first: bool = False,
     spread: float = 0.05,
     world_size: int = 1,
     rank: int = 0,
@@ -57,6 +58,7 @@ def plan(
         seconds: how long each utterance is.
         max_seconds: of a batch, padding included; a longer utterance is a batch of its own.
         dice: ``None`` is no chance: the longest batch first, and only equals together.
+        short_first: batches of short utterances before those of long ones, instead of in an order of chance.
         spread: the factor is within ``1 - spread`` and ``1 + spread``; more mixes better and pads more.
         world_size, rank: every rank has the same number of batches, and all are at ones of like length together.
 
@@ -71,7 +73,9 @@ def plan(
     order = sorted(range(len(seconds)), key=lambda i: -seconds[i] * factors[i])
     batches = _divisible(_fill(order, seconds, max_seconds), world_size)
     steps = [batches[first : first + world_size] for first in range(0, len(batches), world_size)]
-    if dice is not None:
+    if short_first:
+        steps.reverse()
+    elif dice is not None:
         dice.shuffle(steps)
     return [step[rank] for step in steps]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Conformer(ChunkedEncoder):
         context: Context = Context(),  # noqa: B008 - a frozen value
     ) -> None:
         super().__init__(subsampling=subsampling(features=features, dim=dim, dropout=dropout), dim=dim, context=context)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             ConformerBlock(
                 dim=dim,
                 heads=heads,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,7 +92,7 @@ class Squeezeformer(ChunkedEncoder):
                 f"recover is {self.recover}."
             )
         self.norm = nn.LayerNorm(dim)
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             SqueezeformerBlock(
                 dim=dim,
                 heads=heads,
