@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,8 +59,8 @@ def test_epoch_is_exact_after_a_restart(data: SpeechData) -> None:
 def test_first_epochs_go_from_short_to_long_if_asked(data: SpeechData) -> None:
     data.short_first = 1
     first, second = ([max(batch.sample_lengths.tolist()) for batch in data.train_batches(epoch)] for epoch in (0, 1))
-    assert all(a <= 1.5 * b for a, b in zip(first, first[1:], strict=False)) and first[0] < first[-1]
-    assert any(a > 1.5 * b for a, b in zip(second, second[1:], strict=False))
+    assert all(a <= 1.5 * b for a, b in itertools.pairwise(first)) and first[0] < first[-1]
+    assert any(a > 1.5 * b for a, b in itertools.pairwise(second))
     assert ids(data.train_batches(0, skip=2)) == ids(data.train_batches(0))[2:]
 
 
