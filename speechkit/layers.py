@@ -147,9 +147,10 @@ def _keep_variance(module: nn.Module) -> None:
     torch's default loses two thirds of the variance at each layer, and a stack of them starts training with frames
     that are nearly all alike, which CTC answers with blanks for a thousand steps.
     """
-    if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if isinstance(module, nn.Conv2d) else "linear")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Subsampling(nn.Module):
