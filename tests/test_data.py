@@ -14,7 +14,19 @@ import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 
 from speechkit import audio, features
-from speechkit.data import Augment, Batches, Gain, Hiss, Noise, Recorded, RecordedRoom, Room, Source, Telephone
+from speechkit.data import (
+    Augment,
+    Batches,
+    Gain,
+    Hiss,
+    Microphone,
+    Noise,
+    Recorded,
+    RecordedRoom,
+    Room,
+    Source,
+    Telephone,
+)
 from speechkit.data.augment import chance, mix, power, reverberate
 from speechkit.data.batching import Utterance, collate, padding, plan
 from speechkit.data.corpora import check_text, once, read_corpus, speaker_of, split_of, text_of, write_manifest
@@ -200,6 +212,7 @@ def test_preparation_runs_once_for_its_settings_and_again_after_a_failure(tmp_pa
 SPEECH = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) * 0.1
 EFFECTS = {
     "gain": Gain(),
+    "microphone": Microphone(),
     "telephone": Telephone(),
     "noise": Noise(source=Hiss()),
     "room": Room(),
@@ -257,6 +270,20 @@ def test_reverberation_keeps_time_and_power() -> None:
 def test_telephone_leaves_nothing_above_four_kilohertz() -> None:
     heard = np.abs(np.fft.rfft(Telephone()(SPEECH, RATE, chance("x")))) ** 2
     assert heard[4200:].sum() < 0.01 * heard[:3800].sum()
+
+
+def test_microphone_has_a_straight_response_in_every_octave_and_keeps_phase_and_power() -> None:
+    click = np.zeros(RATE, np.float32)
+    click[RATE // 2] = 1.0
+    heard = Microphone(db=9.0)(click, RATE, chance("x"))
+    assert np.argmax(np.abs(heard)) == RATE // 2 and power(heard) == pytest.approx(power(click), rel=1e-5)
+    loudness = 20 * np.log10(np.abs(np.fft.rfft(heard)))
+    corners = loudness[[63, 125, 250, 500, 1000, 2000, 4000, 8000]]
+    assert 3 < np.ptp(corners) <= 18.1
+    for low, high in ((250, 500), (1000, 2000), (4000, 8000)):
+        middle = loudness[round((low * high) ** 0.5)]
+        assert middle == pytest.approx((loudness[low] + loudness[high]) / 2, abs=0.02)
+    assert np.allclose(Microphone(db=0.0)(SPEECH, RATE, chance("x")), SPEECH, atol=1e-6)
 
 
 def test_speed_is_known_before_the_sound_is_read() -> None:

@@ -571,7 +571,11 @@ def test_a_limit_of_no_tokens_is_refused() -> None:
         (Hypothesis((3,), spans=((10, 12),)), 36, False),
         (Hypothesis((3,), spans=((10, 12),)), 37, True),
         (Hypothesis((3, 4), spans=((10, 12), (480, 490))), 499, False),
-        (Hypothesis((3, 4), spans=((10, 12), (480, 500))), 500, True),
+        (Hypothesis((3, 4), spans=((10, 12), (480, 500))), 500, False),  # at `longest` in the middle of a word
+        (Hypothesis((3, 4), spans=((10, 12), (730, 738))), 750, False),  # half as long again: half a pause, 0.5 s
+        (Hypothesis((3, 4), spans=((10, 12), (730, 737))), 750, True),
+        (Hypothesis((3, 4), spans=((10, 12), (990, 999))), 999, False),
+        (Hypothesis((3, 4), spans=((10, 12), (990, 1000))), 1000, True),
         (Hypothesis((3, 4)), 499, False),
         (Hypothesis((3, 4)), 500, True),
         (None, 499, False),

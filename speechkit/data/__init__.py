@@ -1,6 +1,6 @@
 """Corpora, augmentation and batches: everything between files on a disk and a `speechkit.types.Batch`."""
 
-from speechkit.data.augment import Augment, Gain, Hiss, Noise, Recorded, RecordedRoom, Room, Telephone
+from speechkit.data.augment import Augment, Gain, Hiss, Microphone, Noise, Recorded, RecordedRoom, Room, Telephone
 from speechkit.data.batching import Batches, Utterance, plan
 from speechkit.data.corpora import Source, check_text, read_corpus
 
@@ -9,6 +9,7 @@ __all__ = [
     "Batches",
     "Gain",
     "Hiss",
+    "Microphone",
     "Noise",
     "Recorded",
     "RecordedRoom",

@@ -10,6 +10,7 @@ Levels are powers over the whole utterance, pauses included.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from speechkit.data.corpora import read_corpus
 from speechkit.data.loading import load
 
 Interval = Sequence[float]
+LOWEST_HZ = 62.5  # the first octave of speech ends at 125 Hz
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au"}
 
 
@@ -81,6 +83,29 @@ class Gain:
 
     def __call__(self, samples: Samples, sample_rate: int, dice: random.Random) -> Samples:
         return samples * 10 ** (dice.uniform(*self.db) / 20)
+
+
+class Microphone:
+    """The frequency response of another microphone: a gain for every octave, ``db`` at most, straight lines between.
+
+    The idea is FilterAugment's (2110.03282), here on samples, so that any features may follow. Phase and power stay.
+    """
+
+    def __init__(self, *, db: float = 9.0, probability: float = 1.0) -> None:
+        if db < 0:
+            raise ValueError(
+                f"Microphone.db must be the largest gain or loss, 0 or more, but is {db}; leave out the sign."
+            )
+        self.db, self.probability = db, probability
+
+    def __call__(self, samples: Samples, sample_rate: int, dice: random.Random) -> Samples:
+        octaves = np.arange(math.ceil(math.log2(sample_rate / 2 / LOWEST_HZ)) + 1)
+        gains = [dice.uniform(-self.db, self.db) for _ in octaves]
+        size = next_fast_len(len(samples))
+        hertz = np.fft.rfftfreq(size, 1 / sample_rate)
+        response = 10 ** (np.interp(np.log2(np.maximum(hertz, LOWEST_HZ) / LOWEST_HZ), octaves, gains) / 20)
+        heard = np.fft.irfft(np.fft.rfft(samples, size) * response, size)[: len(samples)]
+        return heard * np.sqrt(power(samples) / power(heard)) if power(heard) else samples
 
 
 class Telephone:

@@ -17,7 +17,9 @@ class Endpoint:
     Args:
         silence: seconds in which nothing at all was said.
         pause: seconds since the last token, once something was said.
-        longest: seconds a segment may last; it bounds the memory of a stream and the delay of final results.
+        longest: seconds after which a segment need not wait for a whole ``pause``: the longer it lasts, the shorter
+            one is enough, and at twice as long none is needed. So a cut falls between words where it can, and the
+            memory of a stream and the delay of final results are bounded.
 
     Raises:
         ValueError: where a rule would end segments of no length.
@@ -40,13 +42,14 @@ class Endpoint:
 
         Args:
             best: what it reads as; ``None`` where the search says nothing before the end. Then, and where a text comes
-                without times, only ``longest`` applies.
+                without times, a segment is over at ``longest``.
         """
         heard = frames * frame_seconds
-        if heard >= self.longest:
-            return True
         if best is None or len(best.spans) != len(best.tokens):
-            return False
+            return heard >= self.longest
+        if heard >= 2 * self.longest:
+            return True
         if not best.tokens:
             return heard >= self.silence
-        return (frames - best.spans[-1][1]) * frame_seconds >= self.pause
+        silent = (frames - best.spans[-1][1]) * frame_seconds
+        return silent >= self.pause * min(1.0, 2 - heard / self.longest)
