@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from speechkit.features import read
-from speechkit.search import Search
+from speechkit.search import Search, align
 from speechkit.stream import Context, State
 from speechkit.text import Tokenizer, words
 from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript
@@ -153,6 +153,37 @@ class Recogniser(nn.Module):
                 for row, (best, *_) in zip(rows, heard, strict=True):
                     transcripts[row] = self.transcript(best, len(clips[row]) / self.sample_rate)
         return [transcripts[row] for row in range(len(clips))]
+
+    @torch.inference_mode()
+    def align(self, audio: Audio, text: str) -> Transcript:
+        """When each word of a known text was said: forced alignment with the CTC head.
+
+        Args:
+            audio: a file of any rate and number of channels, or samples ``[N]`` at the model's rate.
+            text: what was said in it, in the vocabulary of the tokenizer.
+
+        Returns:
+            The text with its words' times and confidences, by the most likely CTC path that reads so.
+
+        Raises:
+            ValueError: where the model has no CTC head, the text is outside of the vocabulary or too long for the
+                recording, or the recording cannot be read.
+        """
+        if self.objective.ctc is None:
+            raise ValueError(
+                "Recogniser.align needs a CTC head, but this model's objective has none; load one trained with CTC."
+            )
+        clip, said = self._clip(audio, "The recording"), Hypothesis(tuple(self.tokenizer.encode(text)))
+        with evaluating(self):
+            lengths = torch.tensor([len(clip)], device=self.device)
+            encoded = self.encode(clip[None].to(self.device), lengths, context=Context())
+            found = align(said, self.objective.ctc.log_probs(encoded.frames)[0].cpu())
+        if said.tokens and not found.spans:
+            raise ValueError(
+                f"The recording must have a frame for each of the {len(said.tokens)} tokens of its text and one more "
+                f"between equal ones, but has {encoded.frames.shape[1]} frames; check that it and the text are a pair."
+            )
+        return self.transcript(found, len(clip) / self.sample_rate)
 
     def transcript(self, hypothesis: Hypothesis, seconds: Seconds) -> Transcript:
         """What a hypothesis reads as, with times counted from the start of the stream."""

@@ -149,6 +149,17 @@ def test_fsdd_strings_say_their_text(fsdd: Path) -> None:
         assert 0.1 * len(words) < cut.duration < 1.4 * len(words) + 0.7
 
 
+def test_voices_are_cut_words_of_the_speakers_of_the_real_strings(fsdd: Path) -> None:
+    real = {cut.id: cut for cut in read_corpus(fsdd / "real.jsonl")}
+    for line in lines(RECIPES / "fsdd" / "words.jsonl"):
+        cut, ends = real[line["id"]], [0.0]
+        for word, start, end in line["words"]:
+            assert word in text_of(cut).split() and ends[-1] - 0.06 < start < end <= cut.duration + 0.01
+            ends.append(end)
+    voices = {speaker_of(cut) for cut in read_corpus(fsdd / "voices.jsonl")}
+    assert len(voices) > 10 and voices <= {speaker_of(cut) for cut in real.values()}
+
+
 def test_real_strings_are_digits_of_many_speakers(fsdd: Path) -> None:
     cuts = list(read_corpus(fsdd / "real.jsonl"))
     assert len(cuts) >= 145 and len({speaker_of(cut) for cut in cuts}) >= 51

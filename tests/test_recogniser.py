@@ -12,6 +12,7 @@ import torch
 from tiny import node, sound, tiny
 
 from speechkit import audio, features, recogniser
+from speechkit.config import build_model
 from speechkit.recogniser import Recogniser, batches, evaluating
 from speechkit.search import PrefixBeam
 from speechkit.session import Session, transcribe
@@ -95,6 +96,34 @@ def test_words_are_in_order_and_inside_the_recording(model: Recogniser) -> None:
     times = [time for word in heard.words for time in (word.start, word.end)]
     assert times == sorted(times) and times[0] >= 0 and times[-1] <= 5.0 + model.frame_seconds
     assert all(0 < word.confidence <= 1 for word in heard.words)
+
+
+def test_aligning_what_greedy_search_heard_gives_its_words_back(model: Recogniser) -> None:
+    compared = 0
+    for clip in (sound(0.6, seed) for seed in range(60)):
+        heard = model.transcribe(clip)
+        encoded = model.encode(clip[None], torch.tensor([len(clip)]), context=Context())
+        tokens = model.search(encoded)[0][0].tokens
+        if len(heard.words) > 1 and tuple(model.tokenizer.encode(heard.text)) == tokens:  # no space too many
+            assert model.align(clip, heard.text) == heard
+            compared += 1
+    assert compared > 5
+
+
+def test_aligned_words_are_those_of_the_text_in_order(model: Recogniser) -> None:
+    aligned = model.align(sound(2.0), "abc  de f")
+    assert [word.word for word in aligned.words] == ["abc", "de", "f"]
+    times = [time for word in aligned.words for time in (word.start, word.end)]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= 2.0
+    assert model.align(sound(2.0), "").words == ()
+
+
+def test_a_text_that_cannot_be_aligned_is_refused(model: Recogniser) -> None:
+    with pytest.raises(ValueError, match=r"a frame for each of the 9 tokens of its text .* but has 3 frames"):
+        model.align(sound(0.1), "abcdefabc")
+    with pytest.raises(ValueError, match="needs a CTC head"):
+        search = {"_target_": "speechkit.search.AttentionBeam", "_partial_": True}
+        build_model(node(objective=node()["objective"]["attention"], search=search)).align(sound(1.0), "abc")
 
 
 def test_a_long_recording_is_heard_in_chunks_that_lose_nothing(

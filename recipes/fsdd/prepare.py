@@ -2,9 +2,10 @@
 
 Sound: FSDD (Jakobovski/free-spoken-digit-dataset, 4 of its speakers, 1,200 clips, 8.6 minutes, CC BY-SA 4.0: what is
 joined from it keeps that licence). Its clips were recorded at 8 kHz, so nothing is above 4 kHz. speechocean762
-(jimbozhang/speechocean762, Apache-2.0, short English sentences of non-native speakers, 4.6 hours) has 145 strings of
-digits by 51 more speakers. For more voices, 3,000 utterances of the digits recipe (espeak-ng).
-Hours: about 3.2 of joined clips, 0.13 of real strings, 1.8 of synthetic ones.
+(jimbozhang/speechocean762, Apache-2.0, short English sentences of non-native speakers, 4.6 hours) has 151 strings of
+digits by 52 more speakers; the words of most of them are cut out (words.jsonl says where) and joined anew. For more
+voices, 6,000 utterances of the digits recipe (espeak-ng).
+Hours: about 3.2 and 3.3 of joined words, 0.13 of real strings, 3.6 of synthetic ones.
 
     speechkit prepare fsdd [--corpus FOLDER]          # data/fsdd
 
@@ -12,6 +13,7 @@ FOLDER holds ``fsdd``, ``speechocean762_more`` and ``speechocean762_sample``, ea
 
 ====================== ================================================================================================
 train.jsonl            joined clips of george and jackson
+voices.jsonl           joined words of the speakers of real.jsonl
 dev.jsonl, test.jsonl  joined clips of nicolas and of theo, the same in every run
 real.jsonl             the digit strings of speechocean762, all for training
 english/*.jsonl        everything in speechocean762, to pretrain an encoder; its own splits, disjoint in speakers
@@ -22,10 +24,11 @@ digits/*.jsonl         the synthetic digits
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from speechkit.types import Seconds
 RECIPES = Path(__file__).resolve().parents[1]
 DIGITS = runpy.run_path(str(RECIPES / "digits" / "prepare.py"))
 SAMPLE_RATE = 16000
+WORDS = Path(__file__).with_name("words.jsonl")  # made by tools/cut_words.py
 SPEECHOCEAN = ("speechocean762_more", "speechocean762_sample")
 
 
@@ -53,7 +57,7 @@ def prepare(
     train: int = 4000,
     dev: int = 200,
     test: int = 200,
-    synthetic: int = 3000,
+    synthetic: int = 6000,
     seed: int = 0,
 ) -> None:
     """Write the manifests named above, and the audio of the joined and the synthetic ones, into ``out``.
@@ -61,7 +65,8 @@ def prepare(
     Args:
         corpus: the folder of recordings; by default SPEECHKIT_DATA, or ``../shared/data`` beside the project.
         out: the folder, for example ``data/fsdd``.
-        train, dev, test: joined strings of each split; as many synthetic ones of dev and test.
+        train, dev, test: joined strings of each split; as many synthetic ones of dev and test, and as many joined of
+            other voices as of train.
         synthetic: training utterances of the digits recipe.
 
     Raises:
@@ -70,7 +75,7 @@ def prepare(
     home = _home(corpus)
     sizes = {"train": train, "dev": dev, "test": test}
     DIGITS["prepare"](None, out / "digits", train=synthetic, dev=dev, test=test, seed=seed)
-    once(out, {"recipe": "fsdd 1", "seed": seed, "corpus": str(home), **sizes}, lambda: _write(home, out, sizes, seed))
+    once(out, {"recipe": "fsdd 2", "seed": seed, "corpus": str(home), **sizes}, lambda: _write(home, out, sizes, seed))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +83,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=4000, help="joined training strings")
     parser.add_argument("--dev", type=int, default=200, help="joined development strings")
     parser.add_argument("--test", type=int, default=200, help="joined test strings")
-    parser.add_argument("--synthetic", type=int, default=3000, help="training utterances of the digits recipe")
+    parser.add_argument("--synthetic", type=int, default=6000, help="training utterances of the digits recipe")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
 
 
@@ -94,14 +99,30 @@ def _home(corpus: Path | None) -> Path:
 
 
 def _write(home: Path, out: Path, sizes: dict[str, int], seed: int) -> None:
-    for split, size in sizes.items():
-        clips = Clips(Source(path=str(home / "fsdd" / "manifest.jsonl"), split=split).cuts())
-        numbers = track(range(size), description=f"Joining {size} strings for {split}")
-        write_manifest(out / f"{split}.jsonl", [_join(clips, out, split, number, seed) for number in numbers])
     english = [cut for name in SPEECHOCEAN for cut in read_corpus(home / name / "manifest.jsonl")]
     for split in ("train", "dev", "test"):
         write_manifest(out / "english" / f"{split}.jsonl", _records(c for c in english if split_of(c) == split))
-    write_manifest(out / "real.jsonl", _records(c for c in english if split_of(c) == "train" and _is_digits(c)))
+    strings = [cut for cut in english if split_of(cut) == "train" and _is_digits(cut)]
+    write_manifest(out / "real.jsonl", _records(strings))
+    for split, size in sizes.items():
+        cuts = Source(path=str(home / "fsdd" / "manifest.jsonl"), split=split).cuts()
+        _join_all(Clips((str(speaker_of(cut)), cut, text_of(cut)) for cut in cuts), out, split, split, size, seed)
+    _join_all(Clips(_words(strings)), out, "voices", "train", sizes["train"], seed)
+
+
+def _words(strings: Iterable[Cut]) -> Iterator[tuple[str, Cut, str]]:
+    """Speaker, piece and word of what words.jsonl names in the strings."""
+    by_id = {_id(cut): cut for cut in strings}
+    for line in WORDS.read_text(encoding="utf-8").splitlines():
+        said = json.loads(line)
+        for word, start, end in said["words"] if said["id"] in by_id else ():
+            cut = by_id[said["id"]]
+            yield f"speechocean/{speaker_of(cut)}", cut.truncate(offset=start, duration=end - start), word.lower()
+
+
+def _join_all(clips: Clips, out: Path, name: str, split: str, size: int, seed: int) -> None:
+    numbers = track(range(size), description=f"Joining {size} strings for {name}")
+    write_manifest(out / f"{name}.jsonl", [_join(clips, out, name, split, number, seed) for number in numbers])
 
 
 def _is_digits(cut: Cut) -> bool:
@@ -112,7 +133,7 @@ def _records(cuts: Iterable[Cut]) -> list[dict[str, Any]]:
     """Lines of a manifest that point at the recordings where they lie."""
     return [
         {
-            "id": f"speechocean/{Path(cut.id).name}",
+            "id": _id(cut),
             "audio": cut.recording.sources[0].source,
             "text": normalise(text_of(cut)),
             "duration": round(cut.duration, 4),
@@ -124,33 +145,37 @@ def _records(cuts: Iterable[Cut]) -> list[dict[str, Any]]:
     ]
 
 
-class Clips:
-    """The clips of a split, decoded once, by speaker and word."""
+def _id(cut: Cut) -> str:
+    return f"speechocean/{Path(cut.id).name}"
 
-    def __init__(self, cuts: Iterable[Cut]) -> None:
-        self.samples: dict[str, dict[str, list[np.ndarray]]] = {}
-        for cut in cuts:
-            words = self.samples.setdefault(str(speaker_of(cut)), {})
-            words.setdefault(text_of(cut), []).append(load(cut, SAMPLE_RATE))
+
+class Clips:
+    """Spoken words, decoded once, by speaker. A speaker of fewer than four says too little to draw from."""
+
+    def __init__(self, clips: Iterable[tuple[str, Cut, str]]) -> None:
+        spoken: dict[str, list[tuple[str, np.ndarray]]] = {}
+        for speaker, cut, word in clips:
+            spoken.setdefault(speaker, []).append((word, load(cut, SAMPLE_RATE)))
+        self.spoken = {speaker: words for speaker, words in sorted(spoken.items()) if len(words) >= 4}
 
     def draw(self, dice: random.Random) -> tuple[str, list[str], list[np.ndarray]]:
-        """A speaker, one to seven words, and a clip of each."""
-        speaker = dice.choice(sorted(self.samples))
-        words = dice.choices(DIGITS["WORDS"], k=dice.randint(1, 7))
-        return speaker, words, [dice.choice(self.samples[speaker][word]) for word in words]
+        """A speaker, and one to seven words of theirs."""
+        speaker = dice.choice(list(self.spoken))
+        drawn = dice.choices(self.spoken[speaker], k=dice.randint(1, 7))
+        return speaker, [word for word, _ in drawn], [samples for _, samples in drawn]
 
 
-def _join(clips: Clips, out: Path, split: str, number: int, seed: int) -> dict[str, Any]:
-    dice = chance("fsdd", seed, split, number)
+def _join(clips: Clips, out: Path, name: str, split: str, number: int, seed: int) -> dict[str, Any]:
+    dice = chance("fsdd", seed, name, number)
     speaker, words, parts = clips.draw(dice)
     levels = [dice.uniform(-3.0, 3.0) for _ in parts]  # dB: a speaker does not say every word as loud
     pauses = [dice.uniform(0.05, 0.3), *(dice.choice([0.02, 0.1, 0.4]) * dice.uniform(0.5, 1.5) for _ in parts[1:])]
     samples = join(parts, levels, [*pauses, dice.uniform(0.05, 0.3)], dice)
-    name = f"{split}-{number:05d}"
-    audio.write(out / "audio" / split / f"{name}.flac", samples, SAMPLE_RATE)
+    file = f"audio/{name}/{name}-{number:05d}.flac"
+    audio.write(out / file, samples, SAMPLE_RATE)
     return {
-        "id": name,
-        "audio": f"audio/{split}/{name}.flac",
+        "id": f"{name}-{number:05d}",
+        "audio": file,
         "text": normalise(" ".join(words)),
         "duration": len(samples) / SAMPLE_RATE,
         "speaker": speaker,

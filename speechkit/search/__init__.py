@@ -13,7 +13,7 @@ search                  reads                             while streaming it say
 The first two remember nothing but the text; the others keep the encoder's frames of the utterance until `finish`.
 """
 
-from speechkit.search.attention import AttentionBeam, JointBeam
+from speechkit.search.attention import AttentionBeam, JointBeam, align
 from speechkit.search.base import Search, stable_prefix
 from speechkit.search.ctc import Greedy, PrefixBeam
 from speechkit.search.endpoint import Endpoint
@@ -29,5 +29,6 @@ __all__ = [
     "PrefixScores",
     "Rescored",
     "Search",
+    "align",
     "stable_prefix",
 ]
