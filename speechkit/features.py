@@ -363,6 +363,42 @@ class SpecAugment(nn.Module):
         return frames.masked_fill(hidden, 0.0)
 
 
+class Tempo(nn.Module):
+    """Faster or slower speech at the same pitch, while training: the frames are read at another pace.
+
+    Every batch gets one pace, drawn evenly from torch's global generator; what falls between two frames is their
+    weighted mean. Unlike a change of speed it leaves the spectrum alone.
+
+    Args:
+        slowest, fastest: bounds of the pace; 2 is twice as fast.
+
+    Raises:
+        ValueError: unless ``0 < slowest <= fastest``.
+    """
+
+    def __init__(self, *, slowest: float, fastest: float) -> None:
+        super().__init__()
+        if not 0 < slowest <= fastest:
+            raise ValueError(
+                f"Tempo.slowest must be above 0 and at most fastest, but they are {slowest:g} and {fastest:g}; "
+                f"1 and 1 leave speech as it is."
+            )
+        self.slowest, self.fastest = slowest, fastest
+
+    def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
+        """Frames at another pace while training, and the frames as they are otherwise."""
+        if not self.training:
+            return FeatureOutput(frames, lengths)
+        pace = self.slowest + (self.fastest - self.slowest) * float(torch.rand(()))
+        counts = ((lengths - 1).clamp(min=0) / pace).long() + (lengths > 0).long()
+        place = torch.arange(int(frames.shape[1] / pace) + 1, device=frames.device) * pace  # [T']
+        before = place.long().clamp(max=frames.shape[1] - 1)
+        after = torch.minimum(before + 1, (lengths - 1).clamp(min=0)[:, None])  # [B, T']: never into the padding
+        share = (place - before)[:, None]
+        later = frames.gather(1, after[..., None].expand(-1, -1, frames.shape[2]))
+        return FeatureOutput(keep_valid(torch.lerp(frames[:, before], later, share), counts), counts)
+
+
 def _full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 

@@ -271,6 +271,7 @@ class Transcribe(Task):
     Args:
         recogniser: the model.
         context: draws what the encoder may see in each batch.
+        tempo: of the features, in training, for example `speechkit.features.Tempo`.
         spec_augment: of the features, in training; called as ``spec_augment(frames, lengths)``.
     """
 
@@ -280,16 +281,20 @@ class Transcribe(Task):
         recogniser: Recogniser,
         optim: Optim,
         context: ContextSampler = ContextSampler(whole=1.0),  # noqa: B008 - a frozen value
+        tempo: Callable[[Tensor, Tensor], FeatureOutput] | None = None,
         spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optim=optim, seed=seed)
-        self.recogniser, self.context, self.spec_augment = recogniser, context, spec_augment
+        self.recogniser, self.context = recogniser, context
+        self.tempo, self.spec_augment = tempo, spec_augment
         streams = recogniser.context.chunk is not None
         self.contexts = {"wer": Context()} | ({"wer_stream": recogniser.context} if streams else {})
 
     def losses(self, batch: Batch, dice: int) -> Parts:
         frames, lengths = self.features(batch)
+        if self.tempo is not None:
+            frames, lengths = self.tempo(frames, lengths)
         if self.spec_augment is not None:
             frames = self.spec_augment(frames, lengths)
         self._meter.frames += lengths.sum()

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from speechkit import audio, features
-from speechkit.features import FrontEnd, GlobalNorm, LogMel, Resampler, SpecAugment, StreamingNorm
+from speechkit.features import FrontEnd, GlobalNorm, LogMel, Resampler, SpecAugment, StreamingNorm, Tempo
 from speechkit.stream import put, state_bytes, take
 from speechkit.types import FeatureOutput
 
@@ -410,6 +410,33 @@ def test_spec_augment_rests_in_evaluation() -> None:
 def test_spec_augment_refuses_a_share_above_one() -> None:
     with pytest.raises(ValueError, match=r"SpecAugment\.time_share must be .* 0 to 1, but is 5.0"):
         SpecAugment(time_share=5.0)
+
+
+# --- Tempo ------------------------------------------------------------------------------------------------------------
+
+
+def test_tempo_reads_the_frames_at_another_pace_and_never_the_padding() -> None:
+    lengths = torch.tensor([200, 120, 1, 0])
+    ramp = torch.arange(200.0)[None, :, None].expand(4, 200, 3).clone()
+    ramp[torch.arange(200)[None] >= lengths[:, None]] = torch.nan
+    paces = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        frames, counts = Tempo(slowest=0.8, fastest=1.6)(ramp, lengths)
+        pace = float(frames[0, 1, 0])
+        for row, (count, length) in enumerate(zip(counts.tolist(), lengths.tolist(), strict=True)):
+            assert torch.allclose(frames[row, :count, 0], torch.arange(count) * pace, atol=1e-3)
+            assert not frames[row, count:].any()
+            assert count == 0 if length == 0 else (count - 1) * pace <= length - 1 < count * pace + 1e-3
+        paces.append(pace)
+    assert min(paces) < 0.9 and max(paces) > 1.5 and all(0.8 <= pace <= 1.6 for pace in paces)
+
+
+def test_tempo_rests_in_evaluation_and_refuses_bounds_out_of_order() -> None:
+    x, lengths = torch.randn(2, 50, 80), torch.tensor([50, 40])
+    assert torch.equal(Tempo(slowest=0.5, fastest=2.0).eval()(x, lengths).frames, x)
+    with pytest.raises(ValueError, match=r"Tempo\.slowest must be above 0 and at most fastest, but they are 2 and 1"):
+        Tempo(slowest=2.0, fastest=1.0)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
