@@ -15,7 +15,7 @@ demo: $(READY)
 	$(SPEECHKIT) prepare digits
 	$(SPEECHKIT) train recipes/digits/conf/demo.yaml
 	$(SPEECHKIT) evaluate runs/demo --chunk-ms 320 640
-	$(SPEECHKIT) stream runs/demo "$$(ls data/digits/audio/test/*.flac | head -n 1)" --realtime
+	$(SPEECHKIT) stream runs/demo "$$(ls -S data/digits/audio/test/*.flac | head -n 1)" --realtime
 
 test: lint types
 	$(PYTHON) -m pytest -q -m "not slow and not gpu"
