@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,19 @@ def test_evaluate_measures_the_test_sets_of_a_run(run: Path, capsys: pytest.Capt
     assert [line["id"] for line in lines] == ["0", "1", "2", "3", "4"]
     assert sum(line["errors"] for line in lines) == pytest.approx(15 * row["wer"])
     assert lines[4]["words"][0]["word"] == heard[4].words[0].word and lines[4]["reference"] == "a bad cab"
+
+
+def test_evaluate_leaves_out_a_set_that_was_not_prepared(run: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.yaml").read_text())
+    absent = {**config["data"]["test"]["own"], "path": str(tmp_path / "absent.jsonl")}
+    config["data"]["test"]["absent"] = absent
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+    status, out, err = output(capsys, "evaluate", tmp_path / "run", "--json")
+    assert status == 0 and [row["set"] for row in rows(out)] == ["own"]
+    assert re.search(r"absent.jsonl is not there, so .*run is not evaluated on absent", err)
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({"name": "tiny", "data": {"test": {"absent": absent}}}))
+    assert_refused(output(capsys, "evaluate", tmp_path / "run"), "absent.jsonl must be a manifest, but there is no")
 
 
 def test_evaluate_crosses_runs_sets_searches_and_chunks(

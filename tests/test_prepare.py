@@ -94,9 +94,12 @@ def test_dev_and_test_carry_noise_and_train_does_not(digits: Path) -> None:
     assert sum(level > 0 for level in quietest("test")) > 3
 
 
-def test_digits_take_no_corpus(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no corpus can be given, but somewhere is; leave it out"):
-        DIGITS["prepare"](Path("somewhere"), tmp_path)
+def test_real_digits_are_named_where_there_are_recordings(recordings: Path, tmp_path: Path) -> None:
+    DIGITS["prepare"](recordings, tmp_path / "digits", train=1, dev=1, test=1)
+    real = list(read_corpus(tmp_path / "digits" / "real.jsonl"))
+    assert len(real) == 1200 and {text_of(cut).lower() for cut in real} == set(DIGITS["WORDS"])
+    with pytest.raises(ValueError, match=r"must have real digits in fsdd/manifest.jsonl, but has not; leave --corpus"):
+        DIGITS["prepare"](tmp_path, tmp_path / "x", train=1, dev=1, test=1)
 
 
 def test_speech_without_espeak_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

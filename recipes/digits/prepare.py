@@ -4,8 +4,11 @@ Sound: synthesised by espeak-ng (the library comes with the pip package espeakng
 program does not extend to what it says). About 70 voices in eight accents of English, one to eight digits an utterance.
 Hours: 3.6 in the default 6,000 training utterances. Files are 16 kHz mono FLAC.
 
-    speechkit prepare digits                          # data/digits, a minute
+    speechkit prepare digits [--corpus FOLDER]        # data/digits, a minute
     speechkit prepare digits --train 20000            # for the full recipe
+
+Where FOLDER, ``$SPEECHKIT_DATA`` or ``../shared/data`` beside the project has ``fsdd/manifest.jsonl``, real.jsonl names
+those recordings of real digits (Jakobovski/free-spoken-digit-dataset, CC BY-SA 4.0), to be evaluated on as well.
 
 Voices of dev and test are of families that training never hears. Training utterances are clean, and noise is added
 while training; dev and test carry theirs in the files, so every run is measured on the same sound.
@@ -29,7 +32,7 @@ from rich.progress import track
 
 from speechkit import audio
 from speechkit.data.augment import Augment, Hiss, Noise, Room, chance
-from speechkit.data.corpora import once, write_manifest
+from speechkit.data.corpora import Cut, once, read_corpus, speaker_of, text_of, write_manifest
 from speechkit.features import Resampler
 from speechkit.text import normalise
 
@@ -60,6 +63,7 @@ DISTURBED = Augment(
     effects={"room": Room(probability=0.3), "noise": Noise(source=Hiss(), snr_db=(5.0, 30.0), probability=0.75)}
 )
 SAMPLE_RATE = 16000
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SHARD = 250  # utterances a process speaks
 
 
@@ -87,14 +91,26 @@ def prepare(
     dev and test are the same whatever the size of train.
 
     Args:
-        corpus: must be None, there is nothing to read.
+        corpus: a folder with real digits in ``fsdd``, to be evaluated on as well.
         out: the folder, for example ``data/digits``.
         train, dev, test: utterances of each split.
+
+    Raises:
+        ValueError: if a corpus is given that has no real digits.
     """
-    if corpus is not None:
-        raise ValueError(f"The digits are made from nothing, so no corpus can be given, but {corpus} is; leave it out.")
+    real = Path(corpus or os.environ.get("SPEECHKIT_DATA") or SHARED, "fsdd", "manifest.jsonl").resolve()
+    if corpus and not real.is_file():
+        raise ValueError(f"{corpus} must have real digits in fsdd/manifest.jsonl, but has not; leave --corpus out.")
     sizes = {"train": train, "dev": dev, "test": test}
     once(out, {"recipe": "digits 1", "seed": seed, **sizes}, lambda: _speak_all(out, sizes, seed))
+    if real.is_file():
+        write_manifest(out / "real.jsonl", [_recorded(cut) for cut in read_corpus(real)])
+
+
+def _recorded(cut: Cut) -> dict[str, Any]:
+    """The line of a recording where it lies."""
+    source, text = cut.recording.sources[0].source, normalise(text_of(cut))
+    return {"id": cut.id, "audio": source, "text": text, "duration": cut.duration, "speaker": speaker_of(cut)}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
