@@ -122,15 +122,24 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path, capfd: pytest.Cap
 def test_joined_clips_last_as_long_as_their_parts() -> None:
     parts = [np.random.default_rng(n).standard_normal(1600 * (n + 1)).astype(np.float32) for n in range(3)]
     pauses = [0.1, 0.2, 0.05, 0.3]
-    joined = FSDD["join"](parts, [0.0, 20.0, -20.0], pauses, chance("x"))
+    joined = FSDD["join"](parts, [0.0, 20.0, -20.0], pauses, 0.0, chance("x"))
     assert len(joined) == sum(map(len, parts)) + round(16000 * sum(pauses))
     assert power(joined[1600 + 1600 + 3200 :][:3200]) == pytest.approx(100 * power(parts[1]), rel=0.05)
 
 
-def test_pauses_are_as_quiet_as_the_clips_and_not_silent() -> None:
-    clip = np.random.default_rng(0).standard_normal(8000).astype(np.float32) * np.repeat([0.1, 0.001], 4000)
-    joined = FSDD["join"]([clip.astype(np.float32)], [0.0], [0.5, 0.5], chance("x"))
-    assert power(joined[:8000]) == pytest.approx(1e-6, rel=0.5)
+def test_pauses_are_as_quiet_as_the_room_and_not_silent() -> None:
+    clip = np.random.default_rng(0).standard_normal(8000).astype(np.float32) * 0.1
+    joined = FSDD["join"]([clip], [0.0], [0.5, 0.5], 1e-3, chance("x"))
+    assert power(joined[:8000]) == pytest.approx(1e-5, rel=0.3) and power(joined[16000:]) == pytest.approx(
+        1e-5, rel=0.3
+    )
+
+
+def test_a_room_is_measured_on_clips_that_have_a_pause() -> None:
+    noise = np.random.default_rng(0).standard_normal((20, 8000)).astype(np.float32) * 0.1
+    close, loose = noise, noise[:5] * np.repeat(np.float32([1.0, 0.01]), 4000)
+    assert FSDD["_room"]([*close, *loose]) == pytest.approx(2e-4, rel=0.5)
+    assert FSDD["_room"](close) > 0.5
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def prepare(
     home = _home(corpus)
     sizes = {"train": train, "dev": dev, "test": test}
     DIGITS["prepare"](None, out / "digits", train=synthetic, dev=dev, test=test, seed=seed)
-    once(out, {"recipe": "fsdd 2", "seed": seed, "corpus": str(home), **sizes}, lambda: _write(home, out, sizes, seed))
+    once(out, {"recipe": "fsdd 3", "seed": seed, "corpus": str(home), **sizes}, lambda: _write(home, out, sizes, seed))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +157,7 @@ class Clips:
         for speaker, cut, word in clips:
             spoken.setdefault(speaker, []).append((word, load(cut, SAMPLE_RATE)))
         self.spoken = {speaker: words for speaker, words in sorted(spoken.items()) if len(words) >= 4}
+        self.rooms = {speaker: _room(samples for _, samples in words) for speaker, words in self.spoken.items()}
 
     def draw(self, dice: random.Random) -> tuple[str, list[str], list[np.ndarray]]:
         """A speaker, and one to seven words of theirs."""
@@ -165,12 +166,20 @@ class Clips:
         return speaker, [word for word, _ in drawn], [samples for _, samples in drawn]
 
 
+def _room(clips: Iterable[np.ndarray]) -> float:
+    """How loud a speaker's room is, over how loud the speaker is, both as powers.
+
+    A clip that is cut close has no moment without speech, so the room is what a tenth of the clips go down to.
+    """
+    return float(np.quantile([_floor(clip) / (power(clip) or 1.0) for clip in clips], 0.1))
+
+
 def _join(clips: Clips, out: Path, name: str, split: str, number: int, seed: int) -> dict[str, Any]:
     dice = chance("fsdd", seed, name, number)
     speaker, words, parts = clips.draw(dice)
     levels = [dice.uniform(-3.0, 3.0) for _ in parts]  # dB: a speaker does not say every word as loud
     pauses = [dice.uniform(0.05, 0.3), *(dice.choice([0.02, 0.1, 0.4]) * dice.uniform(0.5, 1.5) for _ in parts[1:])]
-    samples = join(parts, levels, [*pauses, dice.uniform(0.05, 0.3)], dice)
+    samples = join(parts, levels, [*pauses, dice.uniform(0.05, 0.3)], clips.rooms[speaker], dice)
     file = f"audio/{name}/{name}-{number:05d}.flac"
     audio.write(out / file, samples, SAMPLE_RATE)
     return {
@@ -185,20 +194,24 @@ def _join(clips: Clips, out: Path, name: str, split: str, number: int, seed: int
 
 
 def join(
-    parts: Sequence[np.ndarray], levels_db: Sequence[float], pauses: Sequence[Seconds], dice: random.Random
+    parts: Sequence[np.ndarray],
+    levels_db: Sequence[float],
+    pauses: Sequence[Seconds],
+    room: float,
+    dice: random.Random,
 ) -> np.ndarray:
     """Clips one after the other, ``pauses[i]`` before clip i and the last one after all of them.
 
     A pause of zeros would tell a model where the clips meet, which no real recording does. So the whole string gets
-    noise of the level of the quietest moments of its clips, and like them nothing above 4 kHz.
+    noise, ``room`` times as powerful as its clips on average, and like them it has nothing above 4 kHz.
     """
     pieces = [np.zeros(round(pauses[0] * SAMPLE_RATE), np.float32)]
     for part, level, pause in zip(parts, levels_db, pauses[1:], strict=True):
         pieces += [part * 10 ** (level / 20), np.zeros(round(pause * SAMPLE_RATE), np.float32)]
     joined = np.concatenate(pieces).astype(np.float32)
-    room = Telephone()(Hiss(slope=(0.0, 1.0))(len(joined), SAMPLE_RATE, dice), SAMPLE_RATE, dice)
-    floor = float(np.median([_floor(part) for part in parts]))
-    return mix(joined, room, 10 * np.log10(power(joined) / floor)) if floor else joined
+    noise = Telephone()(Hiss(slope=(0.0, 1.0))(len(joined), SAMPLE_RATE, dice), SAMPLE_RATE, dice)
+    speech = float(np.mean([power(part) for part in parts]))
+    return mix(joined, noise, 10 * np.log10(power(joined) / (room * speech))) if room * speech else joined
 
 
 def _floor(part: np.ndarray) -> float:
