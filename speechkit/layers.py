@@ -55,11 +55,15 @@ class Scale(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, SiLU, linear; dropout after each."""
+    """Linear, SiLU, linear; dropout after each. ``bias``: whether the linear maps add one."""
 
-    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+    def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__(
-            nn.Linear(dim, hidden), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout)
+            nn.Linear(dim, hidden, bias=bias),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim, bias=bias),
+            nn.Dropout(dropout),
         )
 
 
@@ -71,13 +75,14 @@ class DepthwiseConv(nn.Module):
         stride: input frames an output frame; an incomplete last frame counts.
         causal: True lets output ``u`` see inputs up to the last of its own stride; False centres the filter, which
             serves whole utterances only.
+        bias: whether a bias is added.
     """
 
-    def __init__(self, *, dim: int, kernel: int, stride: int = 1, causal: bool = True) -> None:
+    def __init__(self, *, dim: int, kernel: int, stride: int = 1, causal: bool = True, bias: bool = True) -> None:
         super().__init__()
         if kernel < stride:
             raise ValueError(f"DepthwiseConv.kernel must be at least the stride, {stride}, but is {kernel}.")
-        self.conv = nn.Conv1d(dim, dim, kernel, stride=stride, groups=dim)
+        self.conv = nn.Conv1d(dim, dim, kernel, stride=stride, groups=dim, bias=bias)
         self.stride, self.causal = stride, causal
         self.before = kernel - stride if causal else (kernel - stride) // 2
         self.after = kernel - stride - self.before
@@ -112,6 +117,7 @@ class Convolution(nn.Module):
         gated: the first activation is a gate that halves the width (Conformer), or SiLU that keeps it (Squeezeformer).
         causal: see `DepthwiseConv`.
         norm: called with a width: `LayerNorm` or `BatchNorm`.
+        bias: whether the three convolutions add one.
     """
 
     def __init__(
@@ -123,14 +129,15 @@ class Convolution(nn.Module):
         causal: bool = True,
         norm: Callable[[int], nn.Module] = LayerNorm,
         dropout: float = 0.1,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         inner = dim if gated else 2 * dim
-        self.widen = nn.Linear(dim, 2 * dim)
+        self.widen = nn.Linear(dim, 2 * dim, bias=bias)
         self.gate = nn.GLU() if gated else nn.SiLU()
-        self.depthwise = DepthwiseConv(dim=inner, kernel=kernel, causal=causal)
+        self.depthwise = DepthwiseConv(dim=inner, kernel=kernel, causal=causal, bias=bias)
         self.norm = norm(inner)
-        self.project = nn.Linear(inner, dim)
+        self.project = nn.Linear(inner, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def init_state(self, batch: int) -> Tensor:
@@ -158,13 +165,20 @@ class Subsampling(nn.Module):
 
     Two full stages are Conformer's 4x; three separable ones are FastConformer's 8x depthwise striding (2305.05084).
     Output frame u sees features up to the last of its own ``2 ** stages``: one frame of the past is remembered at each
-    stage and none of the future is needed, so whole chunks of features give whole chunks of frames.
+    stage and none of the future is needed, so whole chunks of features give whole chunks of frames. With ``before=2``,
+    the causal downsampling of cache-aware FastConformers (2312.17279), it sees them up to the first of its own: two
+    frames are remembered, and up to ``2 ** stages - 1`` features at the very end of a stream are not heard.
 
     Args:
         features: mel bands of a feature frame.
         dim: width of an encoder frame.
         channels: width of the convolutions; ``dim`` unless given.
         separable: all stages but the first are a depthwise followed by a pointwise convolution.
+        before: zeros that each stage puts before its first frame and before its first band, 1 or 2: output i of a stage
+            is made of its inputs ``2 i - before`` to ``2 i - before + 2``.
+
+    Raises:
+        ValueError: for another ``before``.
     """
 
     def __init__(
@@ -175,9 +189,14 @@ class Subsampling(nn.Module):
         channels: int | None = None,
         stages: int = 2,
         separable: bool = False,
+        before: int = 1,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if before not in (1, 2):
+            raise ValueError(
+                f"Subsampling.before must be 1 or 2, because a stage has 3 taps and a stride of 2, but is {before}."
+            )
         channels = channels or dim
         self.bands = [features]
         self.stages = nn.ModuleList()
@@ -186,17 +205,17 @@ class Subsampling(nn.Module):
             depthwise = separable and stage > 0
             conv = nn.Conv2d(source, channels, 3, stride=2, padding=(0, 1), groups=source if depthwise else 1)
             self.stages.append(nn.Sequential(conv, nn.Conv2d(channels, channels, 1)) if depthwise else conv)
-            self.bands.append(ceil_div(self.bands[-1], 2))
+            self.bands.append((self.bands[-1] + before) // 2)
         self.linear = nn.Linear(channels * self.bands[-1], dim)
         self.dropout = nn.Dropout(dropout)
-        self.channels, self.stride = channels, 2**stages
+        self.channels, self.before, self.stride = channels, before, 2**stages
         self.apply(_keep_variance)
 
     def init_state(self, batch: int) -> tuple[Tensor, ...]:
-        """One remembered frame a stage, ``[B, 1, bands, channels]``."""
+        """The remembered frames of each stage, ``[B, before, bands, channels]``."""
         widths = [1, *[self.channels] * (len(self.stages) - 1)]
         new = self.linear.weight.new_zeros
-        return tuple(new(batch, 1, bands, width) for bands, width in zip(self.bands, widths, strict=False))
+        return tuple(new(batch, self.before, bands, width) for bands, width in zip(self.bands, widths, strict=False))
 
     def forward(
         self, x: Float[Tensor, "B T F"], lengths: Lengths, state: State | None = None
@@ -211,9 +230,11 @@ class Subsampling(nn.Module):
         x = self.linear(x.transpose(2, 3).flatten(2))  # [B, U, C F] -> [B, U, D]
         return self.dropout(x), lengths, None if state is None else tuple(tails)
 
-    @staticmethod
-    def _halve(stage: nn.Module, x: Tensor, lengths: Lengths, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _halve(
+        self, stage: nn.Module, x: Tensor, lengths: Lengths, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         seen, tail = carry(tail, keep_valid(x, lengths), lengths)
-        before = 1 + x.shape[1] - seen.shape[1]
-        seen = F.pad(seen.permute(0, 3, 1, 2), (0, 0, before, x.shape[1] % 2))  # [B, C, T, F]
+        before = self.before + x.shape[1] - seen.shape[1]
+        # the convolution itself pads one band on both sides
+        seen = F.pad(seen.permute(0, 3, 1, 2), (self.before - 1, 0, before, x.shape[1] % 2))  # [B, C, T, F]
         return F.relu(stage(seen)).permute(0, 2, 3, 1), tail

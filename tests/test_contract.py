@@ -16,7 +16,7 @@ from speechkit import stream
 from speechkit.attention import Alibi, RelativePosition, Rotary, ScoreTerm, Softmax, softmax
 from speechkit.config import build, catalogue
 from speechkit.encoders import ChunkedEncoder, Conformer, Squeezeformer
-from speechkit.layers import BatchNorm, Convolution
+from speechkit.layers import BatchNorm, Convolution, Subsampling
 from speechkit.stream import Context, Span, State, keep_valid
 from speechkit.testing import verify_stream
 
@@ -74,6 +74,19 @@ def test_the_same_weights_stream_under_any_context(encoder: str, context: Contex
 
 def test_a_causal_encoder_streams_frame_by_frame() -> None:
     verify_stream(tiny("conformer_s", "rotary"), features=8, context=Context(left=12, chunk=1), long=False)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_causal_downsampling_streams(stages: int) -> None:
+    encoder = Conformer(
+        features=8,
+        dim=24,
+        heads=4,
+        layers=2,
+        attention=partial(Softmax, position=RelativePosition),
+        subsampling=partial(Subsampling, channels=16, stages=stages, separable=True, before=2),
+    )
+    verify_stream(randomised(encoder), features=8, context=CONTEXT, long=False)
 
 
 @pytest.mark.parametrize("encoder", [name for name in names("encoder") if name.endswith("_whole")])

@@ -11,7 +11,7 @@ from torch import nn
 
 from speechkit.attention import RelativePosition, Softmax
 from speechkit.encoders import AudioEncoder, Conformer, Squeezeformer, StreamingEncoder
-from speechkit.layers import BatchNorm, Convolution, DepthwiseConv, Subsampling
+from speechkit.layers import BatchNorm, Convolution, DepthwiseConv, FeedForward, Subsampling
 from speechkit.stream import Context, keep_valid
 from speechkit.testing import compare
 
@@ -112,17 +112,31 @@ def test_depthwise_convolution_is_torchs_with_zeros_before() -> None:
     torch.testing.assert_close(conv(x, torch.tensor([9, 9]))[0], expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize(("stages", "separable", "stride"), [(2, False, 4), (2, True, 4), (3, True, 8)])
-def test_a_frame_sees_up_to_the_last_feature_of_its_own_stride(stages: int, separable: bool, stride: int) -> None:
-    module = Subsampling(features=8, dim=6, stages=stages, separable=separable).eval()
+@pytest.mark.parametrize(
+    ("stages", "separable", "before", "stride"), [(2, False, 1, 4), (2, True, 1, 4), (3, True, 1, 8), (3, True, 2, 8)]
+)
+def test_a_frame_sees_up_to_the_last_or_the_first_feature_of_its_own_stride(stages, separable, before, stride) -> None:
+    module = Subsampling(features=8, dim=6, stages=stages, separable=separable, before=before).eval()
     assert module.stride == stride
     x = torch.randn(1, 5 * stride, 8)
     base = module(x, torch.tensor([5 * stride]))[0]
-    for t in range(5 * stride):
+    for t in range(5 * stride if before == 1 else 4 * stride + 1):
         moved = x.clone()
         moved[0, t] += 1
         changed = (module(moved, torch.tensor([5 * stride]))[0] - base).abs().amax(-1)[0] > 1e-7
-        assert changed.nonzero().min() == t // stride, "earlier frames must not hear it, its own must"
+        first = t // stride if before == 1 else -(-t // stride)
+        assert changed.nonzero().min() == first, "earlier frames must not hear it, its own must"
+
+
+def test_subsampling_refuses_zeros_that_its_taps_cannot_span() -> None:
+    with pytest.raises(ValueError, match=r"Subsampling.before must be 1 or 2, because .* but is 3"):
+        Subsampling(features=8, dim=6, before=3)
+
+
+def test_a_part_without_biases_has_none_outside_its_norm() -> None:
+    convolution, feed_forward = Convolution(dim=8, bias=False), FeedForward(dim=8, hidden=16, dropout=0.0, bias=False)
+    for part in (convolution, feed_forward, Softmax(dim=8, heads=2, bias=False)):
+        assert [name for name, _ in part.named_parameters() if "bias" in name and not name.startswith("norm")] == []
 
 
 @pytest.mark.parametrize("length", range(9))

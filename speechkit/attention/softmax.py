@@ -23,6 +23,7 @@ class Softmax(nn.Module):
         kv_heads: heads of keys and values, a divisor of ``heads`` (grouped, 2305.13245); 1 is multi-query.
         position: how positions score, called as ``position(dim=, heads=)``; none unless given.
         pattern: which of the visible keys to look at.
+        bias: whether the four linear maps add one.
         dropout: share of the attention weights dropped in training.
         kernel: see `attend`.
     """
@@ -35,6 +36,7 @@ class Softmax(nn.Module):
         kv_heads: int | None = None,
         position: Callable[..., ScoreTerm] = ScoreTerm,
         pattern: Pattern | None = None,
+        bias: bool = True,
         dropout: float = 0.0,
         kernel: Kernel = "auto",
     ) -> None:
@@ -45,10 +47,10 @@ class Softmax(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"Softmax.kv_heads must divide heads, {heads}, but is {kv_heads}.")
         self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, kv_heads * self.width)
-        self.value = nn.Linear(dim, kv_heads * self.width)
-        self.out = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key = nn.Linear(dim, kv_heads * self.width, bias=bias)
+        self.value = nn.Linear(dim, kv_heads * self.width, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
         self.position = position(dim=dim, heads=heads)
         self.pattern, self.dropout, self.kernel = pattern, dropout, kernel
 

@@ -19,13 +19,21 @@ class ConformerBlock(nn.Module):
     """Half a feed-forward, attention, convolution, half a feed-forward, norm (section 2.4, the "macaron")."""
 
     def __init__(
-        self, *, dim: int, heads: int, expansion: int, attention: Callable, convolution: Callable, dropout: float
+        self,
+        *,
+        dim: int,
+        heads: int,
+        expansion: int,
+        attention: Callable,
+        convolution: Callable,
+        feed_forward: Callable,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.feed_in = FeedForward(dim=dim, hidden=expansion * dim, dropout=dropout)
+        self.feed_in = feed_forward(dim=dim, hidden=expansion * dim, dropout=dropout)
         self.attention = attention(dim=dim, heads=heads)
         self.convolution = convolution(dim=dim, dropout=dropout)
-        self.feed_out = FeedForward(dim=dim, hidden=expansion * dim, dropout=dropout)
+        self.feed_out = feed_forward(dim=dim, hidden=expansion * dim, dropout=dropout)
         self.norm_in, self.norm_attention, self.norm_convolution, self.norm_out, self.norm = (
             nn.LayerNorm(dim) for _ in range(5)
         )
@@ -54,6 +62,7 @@ class Conformer(ChunkedEncoder):
         attention: one mechanism a layer, called as ``attention(dim=, heads=)``.
         subsampling: called as ``subsampling(features=, dim=, dropout=)``.
         convolution: called as ``convolution(dim=, dropout=)``.
+        feed_forward: called as ``feed_forward(dim=, hidden=, dropout=)``.
         expansion: width of a feed-forward in units of ``dim``.
         dropout: share dropped after every module and sublayer.
         context: which frames see each other where a call does not say; the whole utterance unless given.
@@ -69,6 +78,7 @@ class Conformer(ChunkedEncoder):
         attention: Callable,
         subsampling: Callable = Subsampling,
         convolution: Callable = Convolution,
+        feed_forward: Callable = FeedForward,
         expansion: int = 4,
         dropout: float = 0.1,
         context: Context = Context(),  # noqa: B008 - a frozen value
@@ -81,6 +91,7 @@ class Conformer(ChunkedEncoder):
                 expansion=expansion,
                 attention=attention,
                 convolution=convolution,
+                feed_forward=feed_forward,
                 dropout=dropout,
             )
             for _ in range(layers)
