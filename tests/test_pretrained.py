@@ -165,6 +165,19 @@ def test_a_pickle_in_disguise_is_refused_unopened(folder: Path, monkeypatch: pyt
     assert not Path("exploded").exists()
 
 
+def test_a_safetensors_file_that_begins_like_a_pickle_is_read(folder: Path) -> None:
+    """It begins with the length of its header, whose first byte is that of a pickle in one file of 32."""
+    path = folder / "model.safetensors"
+    weights, padding = load_file(path), 0
+    while not path.read_bytes().startswith(b"\x80"):
+        padding += 8
+        save_file(weights, path, metadata={"padding": "-" * padding})
+    assert load(folder)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged or cut short at 5000 bytes"):
+        load(folder)
+
+
 def test_a_config_that_names_foreign_code_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["search"] = {"_target_": "os.system", "command": "touch exploded"}

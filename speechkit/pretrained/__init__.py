@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from speechkit.config import build_model, plain
+from speechkit.pretrained.weights import CONFIG, WEIGHTS, fill, holds_weights, read, some
 from speechkit.recogniser import Recogniser
 from speechkit.text import load_tokenizer
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHOWN = 8  # keys named in one sentence
 
 
 def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) -> None:
@@ -60,10 +57,8 @@ def load(folder: str | Path) -> Recogniser:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
     home = model_folder(folder)
-    recogniser = _described(home)
-    weights = _weights(home / WEIGHTS)
-    _refuse_misfit(recogniser.state_dict(), weights, home / WEIGHTS)
-    recogniser.load_state_dict(weights)
+    recogniser = _described(home, _config(home))
+    fill(recogniser, read(home), home)
     return recogniser.eval()
 
 
@@ -76,7 +71,7 @@ def model_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     for home in (folder, folder / "model"):
         for found in (home, _aside(home)):
-            if (found / WEIGHTS).is_file():
+            if holds_weights(found):
                 return found
     if not folder.exists():
         what = "does not exist; check the path, or train one with: speechkit train CONFIG"
@@ -121,60 +116,31 @@ def _refuse_others(folder: Path, draft: Path) -> None:
     others = sorted({f.name for f in folder.iterdir()} - {f.name for f in draft.iterdir()}) if folder.exists() else []
     if others:
         raise ValueError(
-            f"{folder} must hold a model and nothing else to be replaced, but holds {_some(others)}; "
+            f"{folder} must hold a model and nothing else to be replaced, but holds {some(others)}; "
             f"choose another folder, or move that elsewhere."
         )
 
 
-def _described(folder: Path) -> Recogniser:
-    """The recogniser that config and tokenizer describe, with weights that mean nothing yet."""
-    path = folder / CONFIG
+def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"it holds {config!r:.40}")
+        return config
+    except (OSError, ValueError) as error:
+        raise _undescribed(folder, error) from error
+
+
+def _described(folder: Path, config: Mapping[str, Any]) -> Recogniser:
+    """The recogniser that config and tokenizer describe, with weights that mean nothing yet."""
+    try:
         return build_model(config, tokenizer=load_tokenizer(folder))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} must be what save() wrote, but no model can be built from it ({str(error).rstrip('.')}); "
-            f"copy the model folder again."
-        ) from error
+        raise _undescribed(folder, error) from error
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        raise ValueError(
-            f"{path} must be a safetensors file, but is a Python pickle, which can run any code when it is opened; "
-            f"get the safetensors file from its author, or convert it where you trust it."
-        )
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file, but is damaged or cut short at {path.stat().st_size} bytes "
-            f"({error}); copy it again."
-        ) from error
-
-
-def _refuse_misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
-    missing = [name for name in wanted if name not in weights]
-    surplus = [name for name in weights if name not in wanted]
-    resized = [
-        f"{name} {list(weights[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    found = [("lacks", missing), ("has the unknown", surplus), ("has the wrong sizes", resized)]
-    faults = ", and ".join(f"{what} {_some(names)}" for what, names in found if names)
-    if faults:
-        raise ValueError(
-            f"{path} must hold the weights of the model that {CONFIG} beside it describes, but {faults}; "
-            f"it is of another model: put the {CONFIG} beside it that it was saved with."
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _undescribed(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder / CONFIG} must be what save() wrote, but no model can be built from it ({str(error).rstrip('.')}); "
+        f"copy the model folder again."
+    )
