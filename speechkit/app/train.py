@@ -112,7 +112,7 @@ def build(settings: DictConfig) -> tuple[Recogniser, Any]:
 def start(model: Recogniser, data: Any, settings: DictConfig) -> None:
     """What a training begins with: the weights of another model, or a normalisation measured on the training data."""
     if settings.init is not None:
-        warm_start(model, pretrained.load(settings.init), settings.init, settings.fresh)
+        warm_start(model, pretrained.load_recogniser(settings.init), settings.init, settings.fresh)
     else:
         batches = itertools.islice(data.train_batches(0), NORM_BATCHES)
         measure(model.features, ((batch.samples, batch.sample_lengths) for batch in batches))

@@ -15,7 +15,7 @@ import torch
 from speechkit import features
 from speechkit.config import build, catalogue
 from speechkit.config import load as load_yaml
-from speechkit.pretrained import load
+from speechkit.pretrained import load_recogniser
 from speechkit.recogniser import Recogniser
 from speechkit.schema import meant
 from speechkit.search import Search
@@ -55,7 +55,7 @@ def transcribe(
 
 def ready(model: str, search: str | None = None) -> Recogniser:
     """The model of a folder or run, on the GPU if there is one, with the named search or its own."""
-    recogniser = load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    recogniser = load_recogniser(model).to("cuda" if torch.cuda.is_available() else "cpu")
     recogniser.search = search_of(recogniser, search)
     return recogniser
 

@@ -1,7 +1,7 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and the tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names.
+what its allow-list names. Folders of other toolkits are read by one file each: `nemotron`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from speechkit.config import build_model, plain
+from speechkit.encoders import Conformer
+from speechkit.pretrained import nemotron
 from speechkit.pretrained.weights import CONFIG, WEIGHTS, fill, holds_weights, read, some
 from speechkit.recogniser import Recogniser
 from speechkit.text import load_tokenizer
@@ -50,16 +52,38 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: str | Path) -> Recogniser:
-    """The recogniser of a model folder, or of a run (whose model is in ``RUN/model``), on the CPU, ready to use.
+def load(folder: str | Path) -> Recogniser | Conformer:
+    """The model of a folder, on the CPU, ready to use.
+
+    Args:
+        folder: what `save` wrote, or a run (whose model is in ``RUN/model``), for a recogniser; or what transformers
+            wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder.
 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
     home = model_folder(folder)
-    recogniser = _described(home, _config(home))
+    config = _config(home)
+    if nemotron.describes(config):
+        return nemotron.load(home, config)
+    recogniser = _described(home, config)
     fill(recogniser, read(home), home)
     return recogniser.eval()
+
+
+def load_recogniser(folder: str | Path) -> Recogniser:
+    """As `load`, for what has to write text.
+
+    Raises:
+        ValueError: also where the folder holds an encoder alone.
+    """
+    model = load(folder)
+    if not isinstance(model, Recogniser):
+        raise ValueError(
+            f"{folder} must hold a recogniser, but holds an encoder, which writes no text; "
+            f"use it from Python with speechkit.load, or name a model that speechkit trained."
+        )
+    return model
 
 
 def model_folder(folder: str | Path) -> Path:
