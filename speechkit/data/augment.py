@@ -71,7 +71,7 @@ class Augment:
             samples = Speed(speed)(samples[None], sample_rate)[0]
         for effect in self.effects.values():
             if dice.random() < effect.probability:
-                samples = effect(samples, sample_rate, dice)
+                samples = effect(samples, sample_rate, dice).astype(np.float32, copy=False)
         return samples.astype(np.float32, copy=False)
 
 
