@@ -21,7 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speechkit import checkpoints, tasks
-from speechkit.app.train import train, warm_start
+from speechkit.app.train import leave_cores, train, warm_start
 from speechkit.pretrained import load
 from speechkit.pretrained.state import average, read_state, write_state
 
@@ -288,6 +288,18 @@ def test_average_is_the_mean_of_the_weights(tmp_path: Path) -> None:
         write_state(tmp_path / str(number), {"state_dict": {"w": torch.full((2,), value), "n": torch.tensor(number)}})
     mean = average([tmp_path / str(number) for number in range(3)])
     assert torch.equal(mean["w"], torch.full((2,), 3.0)) and mean["n"] == 0
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(0, 4), (1, 3), (6, 1)])
+def test_workers_have_their_cores(workers: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    try:
+        torch.set_num_threads(4)
+        leave_cores(workers)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def went_on_from(start: Any, end: Any, steps: int) -> set[str]:

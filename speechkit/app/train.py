@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def fit(settings: DictConfig) -> None:
         seed=settings.seed,
     )
     trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
+    leave_cores(settings.data.workers)
     trainer.fit(task, data, ckpt_path=state)
     _finish(trainer, task, data, run, console)
     save(model, settings)
@@ -167,6 +169,15 @@ class SaveBest(Callback):
 def _first() -> bool:
     """Whether this is the process that writes and speaks, or the only one."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def leave_cores(workers: int) -> None:
+    """Fewer threads for the model where workers read beside it.
+
+    An operator ends with its slowest thread, so two threads that share two cores with a worker are slower than one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
 
 
 def _in(name: str, parts: Sequence[str]) -> bool:
