@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -405,6 +406,15 @@ def test_workers_and_restarts_change_nothing(corpus: Path) -> None:
     assert same(alone, list(epoch_of(corpus, augment=augment, workers=2)))
     assert same(alone[3:], list(epoch_of(corpus, augment=augment, workers=1, skip=3)))
     assert len(alone) == len(epoch_of(corpus)) and len(alone) - 3 == len(epoch_of(corpus, skip=3))
+
+
+def test_workers_end_with_the_last_batch(corpus: Path) -> None:
+    epoch = epoch_of(corpus, workers=2)
+    batches = iter(epoch)
+    heard = [next(batches) for _ in range(len(epoch) - 1)]
+    assert len(multiprocessing.active_children()) == 2
+    heard.append(next(batches))
+    assert not multiprocessing.active_children() and same(heard, list(epoch_of(corpus)))
 
 
 def test_reading_leaves_the_dice_of_torch_alone(corpus: Path) -> None:

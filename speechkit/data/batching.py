@@ -205,10 +205,17 @@ class Batches:
             generator=torch.Generator(),  # or reading would advance the one that dropout draws from
             pin_memory=torch.cuda.is_available(),
         )
+        # One batch behind the loader, whose workers so end before the last is given away: a caller who counts batches
+        # never asks for one more, and each epoch would leave its workers behind, and their memory.
+        last = None
         for batch, faults in loader:
             self._count(faults)
             if batch is not None:
-                yield batch
+                if last is not None:
+                    yield last
+                last = batch
+        if last is not None:
+            yield last
 
     def _count(self, faults: dict[str, str]) -> None:
         """Warn of what is new.
