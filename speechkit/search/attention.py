@@ -170,7 +170,7 @@ class JointBeam(_LabelBeam):
         ValueError: where the objective lacks one of both heads, or an argument is out of range.
     """
 
-    def __init__(self, objective: nn.Module, *, beam: int = 8, ctc_weight: float = 0.3) -> None:
+    def __init__(self, objective: nn.Module, *, beam: int = 8, ctc_weight: float = 0.5) -> None:
         if ctc_weight == 0:
             raise ValueError(
                 "JointBeam.ctc_weight must be above 0 and up to 1, but is 0; for attention alone use AttentionBeam."

@@ -77,7 +77,7 @@ class Rescored(Late):
         ValueError: where the objective lacks one of both heads, or an argument is out of range.
     """
 
-    def __init__(self, objective: nn.Module, *, beam: int = 8, ctc_weight: float = 0.3) -> None:
+    def __init__(self, objective: nn.Module, *, beam: int = 8, ctc_weight: float = 0.5) -> None:
         check(self, beam=beam, ctc_weight=ctc_weight)
         self.attention = head(objective, "attention", self)
         self.first = PrefixBeam(objective, beam=beam)
