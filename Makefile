@@ -1,4 +1,4 @@
-# make demo       from nothing to a streaming recogniser of spoken digits: about ten minutes after the installation
+# make demo       from nothing to a streaming recogniser of spoken digits: under a quarter of an hour after the installation
 # make test       everything that runs without a GPU; make test-slow adds what takes minutes
 # make lint       style;  make types       types
 #
