@@ -153,8 +153,8 @@ class Interval(Context):
 
     def slower(self, stride: int) -> Context:
         raise ValueError(
-            f"Interval must stay on its own clock, because its borders may fall inside a slow frame, but a part of this "
-            f"encoder runs {stride} times slower; pass a Context, or take an encoder with one clock."
+            f"Interval must stay on its own clock, because its borders may fall inside a slow frame, but a part of "
+            f"this encoder runs {stride} times slower; pass a Context, or take an encoder with one clock."
         )
 
     def streamable(self) -> Context:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from speechkit.attention.positions import ScoreTerm
@@ -96,7 +96,7 @@ def _reference(
 
 
 class Blocks(NamedTuple):
-    """Queries in blocks of ``size``; each meets the keys from ``before`` frames before it to ``after`` frames behind."""
+    """Queries in blocks of ``size``; each meets the keys from ``before`` frames before it to ``after`` behind it."""
 
     size: int
     before: int

@@ -70,9 +70,7 @@ class RelativePosition(ScoreTerm):
     ) -> tuple[Heads, Float[Tensor, "B U G K"]]:
         return q + self.u.to(q.dtype), k
 
-    def bias(
-        self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0
-    ) -> Float[Tensor, "B H U S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "B H U S"]:
         U, S = query.shape[1], key.shape[1]
         table = self._table(first=S - 1 - ahead, rows=S + U, like=q)
         q = (q + (self.v - self.u).to(q.dtype)).transpose(1, 2) * self.width**-0.5  # [B, H, U, K]
@@ -127,9 +125,7 @@ class AbsoluteKey(ScoreTerm):
         p = self.linear(sinusoid(position, self.dim, self.linear.weight.dtype)).unflatten(-1, (self.heads, -1))
         return q + self.u.to(q.dtype), k + p.to(k.dtype)
 
-    def bias(
-        self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0
-    ) -> Float[Tensor, "B H 1 S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "B H 1 S"]:
         # (v - u) . (W e) = e . (W^T (v - u)): one vector a head, instead of one product a key
         weight = self.linear.weight.view(self.heads, self.width, self.dim)
         direction = torch.einsum("hkd,hk->dh", weight, self.v - self.u) * self.width**-0.5
@@ -166,9 +162,7 @@ class Alibi(ScoreTerm):
         self.slopes: Tensor
         self.register_buffer("slopes", _slopes(heads), persistent=False)
 
-    def bias(
-        self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0
-    ) -> Float[Tensor, "1 H U S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "1 H U S"]:
         distance = (query[:1, :, None] - key[:1, None, :]).abs()
         return (-self.slopes[:, None, None] * distance[:, None]).to(q.dtype)
 
