@@ -180,6 +180,16 @@ def test_nan_in_padding_and_in_slots_before_the_start_does_not_pass(kernel: str,
         assert torch.equal(ours, clean)
 
 
+@pytest.mark.parametrize("remembered", [0, 2, 6, 20])
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_keys_are_those_that_are_remembered_be_they_fewer_or_more_than_are_seen(kernel: str, remembered: int) -> None:
+    position, (q, k, v) = relative(), qkv(2, 70 + remembered)
+    span = Span(torch.tensor([0, 9]), torch.tensor([70, 41]), Context(left=6, chunk=3, right=3))
+    q = q[:, remembered:] + position.u
+    outs = [attend(q, k, v, span, term=position, kernel=name) for name in ("reference", kernel)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("context", [Context(left=5, chunk=1), Context(left=6, chunk=3)], ids=str)
 def test_a_stream_in_any_division_equals_the_whole(scheme: str, context: Context) -> None:
