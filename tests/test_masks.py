@@ -43,7 +43,7 @@ def chunked(batch: int, frames: int) -> Interval:
     """Chunks of another length for each utterance, the last of them the whole utterance."""
     chunk = torch.tensor([4, 7, 1, 1000])[:batch, None]
     first = torch.arange(frames) // chunk * chunk
-    return Interval(left=18, chunk=1, right=1000, lo=first - 12, hi=first + chunk)
+    return Interval(left=18, chunk=1, right=1000, lo=first.int() - 12, hi=(first + chunk).int())
 
 
 def masks(batch: int, frames: int) -> dict[str, Context]:

@@ -4,7 +4,8 @@
 
 Each row is one length of utterance in one context: chunks, a causal window and a centred one. The candidates take
 turns, so whatever else the machine does falls on all of them alike; the outputs are checked to be equal first. Times
-are medians with their quartiles; a ratio is the median over the turns of one time by the other.
+are medians with their quartiles; the ratios are how many times
+``windowed`` the others took, the median over the turns.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
     print(f"{arguments.threads} thread(s), torch {torch.__version__}")
     for context in CONTEXTS:
         print(f"\n{context}; milliseconds")
-        print(f"{'frames':>7} {'':>8}" + "".join(f"{kernel:>26}" for kernel in KERNELS) + "   reference, sdpa: windowed")
+        print(f"{'frames':>7} {'':>8}" + "".join(f"{kernel:>26}" for kernel in KERNELS) + "   reference and sdpa took")
         for frames in (250, 500, 1000, 1500):
             for backward in (False, True):
                 times = measure(context, frames, backward, arguments.repeats)
