@@ -4,8 +4,8 @@
 
 Each row is one length of utterance in one context: chunks, a causal window and a centred one. The candidates take
 turns, so whatever else the machine does falls on all of them alike; the outputs are checked to be equal first. Times
-are medians with their quartiles; the ratios are how many times
-``windowed`` the others took, the median over the turns.
+are medians with their quartiles. The last columns are the time of the others in units of that of ``windowed``, the
+median over the turns.
 """
 
 from __future__ import annotations
