@@ -25,35 +25,45 @@ State = Any
 
 @dataclass(frozen=True)
 class Context:
-    """Which keys a query may see, in frames of the layer's own clock.
+    """Which keys a query may see, in frames of the layer's own clock: one interval of them, by absolute position.
 
     Args:
         left: frames before the first frame of the query's chunk; ``None`` is all of them.
         chunk: frames seen together; 1 is causal, ``None`` the whole utterance.
+        right: frames after the last frame of the query's chunk; ``None`` is all of them.
 
     The rule looks at whole chunks only, so look-ahead does not grow with depth: every layer waits for the same chunk.
+    ``right`` breaks that on purpose and is for whole utterances: ``Context(left=64, chunk=1, right=64)`` is a window
+    that slides with each frame, as long recordings want it, ``Context(left=64, chunk=16, right=32)`` two chunks ahead.
     """
 
     left: int | None = None
     chunk: int | None = None
+    right: int | None = 0
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(
                 f"Context.chunk must be at least 1 frame, or None for the whole utterance, but is {self.chunk}."
             )
-        if self.left is not None and self.left < 0:
-            raise ValueError(f"Context.left must be at least 0 frames, or None for all of them, but is {self.left}.")
+        for name in ("left", "right"):
+            frames = getattr(self, name)
+            if frames is not None and frames < 0:
+                raise ValueError(f"Context.{name} must be at least 0 frames, or None for all of them, but is {frames}.")
+
+    def bounds(self, query: Int[Tensor, "B U"]) -> tuple[Int[Tensor, "B U"], Int[Tensor, "B U"]]:
+        """The first key each query may see, and the first after those: ``lo <= key < hi``, ``lo`` at least 0."""
+        lo, hi = torch.zeros_like(query), torch.full_like(query, torch.iinfo(query.dtype).max)
+        if self.chunk is not None:
+            first = query - query % self.chunk
+            lo = lo if self.left is None else (first - self.left).clamp(min=0)
+            hi = hi if self.right is None else first + self.chunk + self.right
+        return lo, hi
 
     def visible(self, query: Int[Tensor, "B U"], key: Int[Tensor, "B S"]) -> Bool[Tensor, "B U S"]:
         """Whether each query sees each key, from absolute positions; positions below 0 are never seen."""
-        query, key = query[:, :, None], key[:, None, :]
-        seen = key >= 0
-        if self.chunk is None:
-            return seen.expand(-1, query.shape[1], -1)
-        first = query - query % self.chunk
-        seen = seen & (key < first + self.chunk)
-        return seen if self.left is None else seen & (key >= first - self.left)
+        lo, hi = (bound[:, :, None] for bound in self.bounds(query))
+        return (key[:, None, :] >= lo) & (key[:, None, :] < hi)
 
     def slower(self, stride: int) -> Context:
         """The same seconds on a clock ``stride`` times slower.
@@ -61,19 +71,20 @@ class Context:
         Raises:
             ValueError: where a border of the context would fall inside a slow frame.
         """
-        for name, frames in (("left", self.left), ("chunk", self.chunk)):
+        slow = {"left": self.left, "chunk": self.chunk, "right": self.right}
+        for name, frames in slow.items():
             if frames is not None and frames % stride:
                 raise ValueError(
                     f"Context.{name} must be a multiple of {stride}, because a part of this encoder runs on a clock "
                     f"{stride} times slower, but is {frames}; the next one up is {frames + -frames % stride}."
                 )
-        return Context(*(None if f is None else f // stride for f in (self.left, self.chunk)))
+        return Context(**{name: None if frames is None else frames // stride for name, frames in slow.items()})
 
     def latency(self) -> int:
         """Frames a stream waits at most before a frame can be encoded: one chunk.
 
         Raises:
-            ValueError: for a whole-utterance context, which has to wait for the end.
+            ValueError: for a context that cannot stream, see `streamable`.
         """
         chunk = self.streamable().chunk
         assert chunk is not None
@@ -83,7 +94,7 @@ class Context:
         """Frames a stream remembers from before its chunk.
 
         Raises:
-            ValueError: for a context that remembers all of them.
+            ValueError: for a context that cannot stream, see `streamable`.
         """
         left = self.streamable().left
         assert left is not None
@@ -93,7 +104,7 @@ class Context:
         """This context, if a stream can live in it with bounded memory and delay.
 
         Raises:
-            ValueError: naming the part that is unbounded.
+            ValueError: naming the part that is unbounded, or that looks behind the chunk.
         """
         for name in ("chunk", "left"):
             if getattr(self, name) is None:
@@ -101,7 +112,56 @@ class Context:
                     f"Context.{name} must be finite to stream, but is None; "
                     f"pass for example Context(left=64, chunk=16), or encode the whole utterance with forward()."
                 )
+        if self.right != 0:
+            raise ValueError(
+                f"Context.right must be 0 to stream, because every layer would wait for it anew, but is {self.right}; "
+                f"pass a larger chunk for look-ahead, for example Context(left=64, chunk=16), or encode the whole "
+                f"utterance with forward()."
+            )
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval(Context):
+    """A context that two tensors narrow, query by query: chunks of its own length for each utterance, for example.
+
+    Query i of stream b sees the keys ``lo[b, i] <= key < hi[b, i]`` of those that ``left``, ``chunk`` and ``right``
+    show, none where that is empty. With a finite ``left`` and ``right`` around all of them, attention does no more work
+    than that; nothing is read from the tensors to find out. For whole utterances.
+
+    Args:
+        lo, hi: absolute positions for each frame of the call.
+    """
+
+    lo: Int[Tensor, "B U"]
+    hi: Int[Tensor, "B U"]
+
+    def bounds(self, query: Int[Tensor, "B U"]) -> tuple[Int[Tensor, "B U"], Int[Tensor, "B U"]]:
+        """As `Context.bounds`.
+
+        Raises:
+            ValueError: unless there is one interval a query.
+        """
+        for name, bound in (("lo", self.lo), ("hi", self.hi)):
+            if bound.shape != query.shape:
+                raise ValueError(
+                    f"Interval.{name} must be [streams, frames] = {list(query.shape)}, one for each frame that the "
+                    f"encoder makes of its features, but is {list(bound.shape)}."
+                )
+        lo, hi = super().bounds(query)
+        return lo.maximum(self.lo), hi.minimum(self.hi)
+
+    def slower(self, stride: int) -> Context:
+        raise ValueError(
+            f"Interval must stay on its own clock, because its borders may fall inside a slow frame, but a part of "
+            f"this encoder runs {stride} times slower; pass a Context, or take an encoder with one clock."
+        )
+
+    def streamable(self) -> Context:
+        raise ValueError(
+            "Interval must be used on whole utterances, because its frames are those of one call, but a stream was "
+            "asked for; pass for example Context(left=64, chunk=16)."
+        )
 
 
 @dataclass(frozen=True)

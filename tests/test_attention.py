@@ -185,7 +185,7 @@ def test_bad_shapes_are_told_in_a_sentence() -> None:
     with pytest.raises(ValueError, match=r"Softmax.kv_heads must divide heads, 4, but is 3"):
         Softmax(dim=8, heads=4, kv_heads=3)
     _, (q, k, v) = drawn(ScoreTerm)
-    with pytest.raises(ValueError, match=r"windowed.*finite left and chunk.*use kernel='auto'"):
+    with pytest.raises(ValueError, match=r"windowed.*finite left, chunk and right.*use kernel='auto'"):
         attend(q, k, v, fresh_span(LENGTHS, Context()), kernel="windowed")
     with pytest.raises(ValueError, match=r"AbsoluteKey needs as many key heads as heads, 4.*there are 2"):
         Softmax(dim=24, heads=4, kv_heads=2, position=AbsoluteKey)(

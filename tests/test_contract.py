@@ -169,12 +169,13 @@ def padding_is_not_cleaned(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_next_chunk_is_seen(patch: pytest.MonkeyPatch) -> None:
-    visible = Context.visible
+    bounds = Context.bounds
 
-    def wrong(self: Context, query: Tensor, key: Tensor) -> Tensor:
-        return visible(self, query, key) | visible(self, query + (self.chunk or 0), key)
+    def wrong(self: Context, query: Tensor) -> tuple[Tensor, Tensor]:
+        lo, hi = bounds(self, query)
+        return lo, hi + (self.chunk or 0)
 
-    patch.setattr(Context, "visible", wrong)
+    patch.setattr(Context, "bounds", wrong)
 
 
 def the_slow_clock_is_not_halved(patch: pytest.MonkeyPatch) -> None:

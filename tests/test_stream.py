@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -14,13 +16,15 @@ def by_hand(context: Context, query: int, key: int) -> bool:
     if context.chunk is None:
         return True
     first = (query // context.chunk) * context.chunk
-    return key < first + context.chunk and (context.left is None or key >= first - context.left)
+    after = math.inf if context.right is None else context.right
+    return key < first + context.chunk + after and (context.left is None or key >= first - context.left)
 
 
 @pytest.mark.parametrize("left", [None, 0, 1, 4, 7])
 @pytest.mark.parametrize("chunk", [None, 1, 3, 4])
-def test_visible_is_the_rule_written_out(left: int | None, chunk: int | None) -> None:
-    context = Context(left=left, chunk=chunk)
+@pytest.mark.parametrize("right", [None, 0, 2, 8])
+def test_visible_is_the_rule_written_out(left: int | None, chunk: int | None, right: int | None) -> None:
+    context = Context(left=left, chunk=chunk, right=right)
     query, key = torch.arange(13), torch.arange(-3, 13)
     seen = context.visible(query[None], key[None])[0]
     for i, q in enumerate(query.tolist()):
@@ -36,6 +40,8 @@ def test_look_ahead_never_passes_the_end_of_the_chunk() -> None:
 def test_slower_keeps_the_seconds_and_names_what_cannot_be_kept() -> None:
     assert Context(left=64, chunk=16).slower(2) == Context(left=32, chunk=8)
     assert Context().slower(2) == Context()
+    assert Context(left=8, chunk=2, right=None).slower(2) == Context(left=4, chunk=1, right=None)
+    assert Context(left=8, chunk=2, right=4).slower(2) == Context(left=4, chunk=1, right=2)
     with pytest.raises(ValueError, match=r"Context.chunk must be a multiple of 2.*but is 5.*next one up is 6"):
         Context(left=64, chunk=5).slower(2)
 
@@ -48,7 +54,7 @@ def test_an_unbounded_context_says_why_it_cannot_stream() -> None:
     assert Context(left=64, chunk=16).latency() == 16
 
 
-@pytest.mark.parametrize(("field", "value"), [("chunk", 0), ("left", -1)])
+@pytest.mark.parametrize(("field", "value"), [("chunk", 0), ("left", -1), ("right", -1)])
 def test_impossible_contexts_are_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"Context.{field} must be at least"):
         Context(**{field: value})

@@ -4,8 +4,8 @@ Positions arrive as absolute integers, so no scheme can restart at a chunk borde
 so none wears out: after ten hours of 40 ms frames (a million of them) a float32 angle would be off by 0.06 rad.
 
 A `ScoreTerm` acts twice. ``place`` sees each new frame once; what it returns as keys is what a stream caches. ``bias``
-sees pairs. Keys are contiguous and end with the queries' own frames, so ``query[b, i] - key[b, j]`` is the same for
-every stream b: a relative scheme needs the first row only.
+sees pairs. Queries and keys are contiguous and their last frame is the same, or that of the keys is ``ahead`` frames
+later, so ``query[b, i] - key[b, j]`` is the same for every stream b: a relative scheme needs the first row only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class ScoreTerm(nn.Module):
         """Queries and keys (of G key heads) of new frames, moved to where they stand."""
         return q, k
 
-    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"]) -> Float[Tensor, "#B H #U S"] | None:
+    def bias(
+        self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0
+    ) -> Float[Tensor, "#B H #U S"] | None:
         """What to add to the scaled score of each pair; ``q`` as ``place`` gave it."""
         return None
 
@@ -68,9 +70,9 @@ class RelativePosition(ScoreTerm):
     ) -> tuple[Heads, Float[Tensor, "B U G K"]]:
         return q + self.u.to(q.dtype), k
 
-    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"]) -> Float[Tensor, "B H U S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "B H U S"]:
         U, S = query.shape[1], key.shape[1]
-        table = self._table(first=S - 1, rows=S + U, like=q)
+        table = self._table(first=S - 1 - ahead, rows=S + U, like=q)
         q = (q + (self.v - self.u).to(q.dtype)).transpose(1, 2) * self.width**-0.5  # [B, H, U, K]
         return _skew(q @ table.transpose(-1, -2), S)
 
@@ -123,7 +125,7 @@ class AbsoluteKey(ScoreTerm):
         p = self.linear(sinusoid(position, self.dim, self.linear.weight.dtype)).unflatten(-1, (self.heads, -1))
         return q + self.u.to(q.dtype), k + p.to(k.dtype)
 
-    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"]) -> Float[Tensor, "B H 1 S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "B H 1 S"]:
         # (v - u) . (W e) = e . (W^T (v - u)): one vector a head, instead of one product a key
         weight = self.linear.weight.view(self.heads, self.width, self.dim)
         direction = torch.einsum("hkd,hk->dh", weight, self.v - self.u) * self.width**-0.5
@@ -160,7 +162,7 @@ class Alibi(ScoreTerm):
         self.slopes: Tensor
         self.register_buffer("slopes", _slopes(heads), persistent=False)
 
-    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"]) -> Float[Tensor, "1 H U S"]:
+    def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "1 H U S"]:
         distance = (query[:1, :, None] - key[:1, None, :]).abs()
         return (-self.slopes[:, None, None] * distance[:, None]).to(q.dtype)
 

@@ -1,0 +1,39 @@
+"""The operators: schemas, shapes for tracing, and a PyTorch kernel that serves every device until a compiled one does.
+
+    speechkit::stream_attn   attention of new frames over a ring cache, which it appends to
+    speechkit::conv_step     gate, causal depthwise convolution over remembered frames, norm, SiLU
+
+Compiled kernels register for their device over the PyTorch one. Schema and meaning stay the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speechkit_kernels import plain
+
+SCHEMAS = {
+    "stream_attn": "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor slots, Tensor pos, Tensor qlen, *, "
+    "Tensor? keep=None, Tensor? q_pos=None, Tensor? bias_u=None, Tensor? bias_v=None, Tensor? rel=None, "
+    "int rel_zero=0, Tensor(b!)? cache_bias=None, Tensor? key_bias=None, Tensor? slopes=None, "
+    "int chunk=0, int left, float scale) -> Tensor",
+    "conv_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) cache, Tensor slots, Tensor qlen, *, "
+    "bool gated, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> Tensor",
+}
+
+LIBRARY = torch.library.Library("speechkit", "DEF")
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    LIBRARY.impl(_name, getattr(plain, _name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("speechkit::stream_attn", lib=LIBRARY)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.register_fake("speechkit::conv_step", lib=LIBRARY)
+def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[0])

@@ -1,0 +1,265 @@
+"""The operators in plain PyTorch: vectorised, any device and dtype, what runs where no compiled kernel does.
+
+Meaning of `stream_attn`, for row b, head h (key head ``g = h // (H / G)``), new frame i at time ``t = pos[b] + i``:
+
+    S[i, j] = scale * ((q_i + u) . k_j + (qp_i + v) . rel[h, rel_zero + t_j - t]) + key_bias_j - slope * |t - t_j|
+    visible  <=>  i < qlen[b],  first - left <= t_j < first + size,  0 <= t_j < pos[b] + qlen[b]
+    out_i = sum_j softmax_j(S[i, :]) v_j           a frame that sees nothing, and one past qlen, gives 0
+
+where ``first, size`` are the chunk t stands in: ``t - t % chunk, chunk``, or the call itself (``pos, qlen``) when
+``chunk`` is 0. Keys before ``pos`` come from the ring, where the frame of time t lies at index ``t % W``; the others
+are this call's. At the end the first ``keep[b]`` of them are written into the ring. ``pos`` is advanced by the caller,
+once for all layers. Nothing outside ``[max(0, pos - reach), pos)`` is ever read, so a stream is reset by ``pos = 0``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Expected = tuple[Tensor | None, tuple[int | None, ...] | None, torch.dtype | None]
+
+
+def stream_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    pos: Tensor,
+    qlen: Tensor,
+    *,
+    keep: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    bias_u: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    rel: Tensor | None = None,
+    rel_zero: int = 0,
+    cache_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    chunk: int = 0,
+    left: int,
+    scale: float,
+) -> Tensor:
+    """Attention of C new frames a row over a ring cache, which then holds them too.
+
+    Args:
+        q, k, v: new frames, ``[B, C, H, D]``, ``[B, C, G, D]``, ``[B, C, G, D]``; H is a multiple of G.
+        cache: ``[S, 2, G, W, D]``, keys and values, changed in place; ``W >= left + C``.
+        slots, pos, qlen, keep: ``[B]`` int32 or int64 on the device of ``q``: row of the cache, frames already
+            committed, new frames (0 to C), how many of them to commit (all, unless given). No slot may be named twice.
+            With a ``chunk``, ``pos`` stands at the border of one.
+        q_pos, bias_u, bias_v: the query of the position product ``[B, C, H, D]`` (q unless given); what is added to the
+            query of either product, ``[H, D]``.
+        rel, rel_zero: table of relative positions ``[H, P, D]``, and its row of distance 0; rows ascend with the key.
+        cache_bias, key_bias: a score for each key, remembered ``[S, H, W]`` (changed in place) and new ``[B, C, H]``.
+        slopes: ALiBi, ``[H]``.
+        chunk, left: which keys a frame sees, see above. ``left >= 0``.
+
+    Returns:
+        ``[B, C, H, D]``.
+    """
+    check_attention(q, k, v, cache, slots, pos, qlen, keep, q_pos, rel, rel_zero, cache_bias, key_bias, chunk, left)
+    B, C, H = q.shape[:3]
+    G, W = cache.shape[2:4]
+    slots, pos, qlen = slots.long(), pos.long(), qlen.long()
+    frame = torch.arange(C, device=q.device)
+    reach = W - C  # frames of the past that the ring is sure to hold
+    past = torch.arange(-reach, 0, device=q.device)
+    time = pos[:, None] + torch.cat([past, frame])  # [B, S], S = reach + C
+    query = time[:, reach:]
+    index = time[:, :reach] % W
+    row = slots[:, None]
+
+    first, size = (query - query % chunk, chunk) if chunk else (pos[:, None].expand_as(query), qlen[:, None, None])
+    distance = time[:, None, :] - query[:, :, None]  # [B, C, S]
+    from_first = time[:, None, :] - first[:, :, None]
+    visible = (time >= 0)[:, None] & (from_first >= -left) & (from_first < size)
+    visible = visible & (time < (pos + qlen)[:, None])[:, None] & (frame < qlen[:, None])[:, :, None]
+    seen = visible.any(1)  # [B, S]: what nobody sees may hold anything, NaN included
+    keys, values = (
+        torch.where(seen[:, :, None, None], torch.cat([cache[row, n, :, index], new], dim=1), 0)
+        for n, new in enumerate((k, v))
+    )  # [B, S, G, D]
+
+    group = H // G
+    qu = q if bias_u is None else q + bias_u.to(q.dtype)
+    scores = torch.einsum("bcgnd,bsgd->bgncs", qu.unflatten(2, (G, group)), keys).flatten(1, 2)
+    if rel is not None:
+        qp = q if q_pos is None else q_pos
+        qp = qp if bias_v is None else qp + bias_v.to(q.dtype)
+        band = torch.einsum("bchd,hpd->bhcp", qp, rel)
+        row_of = (rel_zero + distance[:1]).clamp(0, rel.shape[1] - 1)  # the same for every row b
+        scores = scores + band.gather(3, row_of[:, None].expand(B, H, -1, -1))
+    scores = scores * scale
+    if cache_bias is not None and key_bias is not None:
+        remembered = cache_bias[row, :, index]  # [B, reach, H]
+        each = torch.where(seen[:, :, None], torch.cat([remembered, key_bias.to(cache_bias.dtype)], dim=1), 0)
+        scores = scores + each.transpose(1, 2)[:, :, None].to(scores.dtype)
+    if slopes is not None:
+        scores = scores - (slopes.to(scores.dtype)[:, None, None] * distance[:, None].abs())
+    weights = torch.softmax(scores.masked_fill(~visible[:, None], -torch.inf), dim=-1)
+    weights = torch.where(visible.any(-1)[:, None, :, None], weights, 0)
+    out = torch.einsum("bgncs,bsgd->bcgnd", weights.unflatten(1, (G, group)).to(values.dtype), values).flatten(2, 3)
+
+    commit = frame < (qlen if keep is None else keep.long())[:, None]  # [B, C]
+    spot = query % W
+    for n, new in enumerate((k, v)):
+        cache[row, n, :, spot] = torch.where(commit[:, :, None, None], new.to(cache.dtype), cache[row, n, :, spot])
+    if cache_bias is not None and key_bias is not None:
+        new = key_bias.to(cache_bias.dtype)
+        cache_bias[row, :, spot] = torch.where(commit[:, :, None], new, cache_bias[row, :, spot])
+    return out
+
+
+def conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor,
+    slots: Tensor,
+    qlen: Tensor,
+    *,
+    gated: bool,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The inside of a Conformer's convolution module: ``silu(norm(depthwise(gate(x))))`` over remembered frames.
+
+    Args:
+        x: new frames; ``[B, C, 2 D]`` when ``gated`` (the first half times the sigmoid of the second), else
+            ``[B, C, D]``, which SiLU is applied to.
+        weight, bias: one causal filter a channel, ``[D, K]``, ``[D]``; a batch norm is folded into them by the caller.
+        cache: ``[S, K - 1, D]``, the last ``K - 1`` gated frames of each stream, zeros at its start; changed in place.
+        slots, qlen: ``[B]`` int32 or int64: row of the cache, new frames (0 to C). No slot may be named twice.
+        norm_weight, norm_bias, eps: layer norm over the D channels, ``[D]``; no norm unless given.
+
+    Returns:
+        ``[B, C, D]``; frames past ``qlen`` are 0.
+    """
+    check_convolution(x, weight, bias, cache, slots, qlen, gated, norm_weight, norm_bias)
+    row, qlen = slots.long(), qlen.long()
+    frame = torch.arange(x.shape[1], device=x.device)
+    real = (frame < qlen[:, None])[:, :, None]
+    new = torch.where(real, F.glu(x, dim=-1) if gated else F.silu(x), 0)
+    seen = torch.cat([cache[row], new], dim=1)  # [B, K - 1 + C, D]
+    last = qlen[:, None] + torch.arange(cache.shape[1], device=x.device)
+    cache[row] = seen.gather(1, last[:, :, None].expand(-1, -1, seen.shape[2]))
+    y = F.conv1d(seen.transpose(1, 2), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
+    if norm_weight is not None:
+        y = F.layer_norm(y, norm_weight.shape, norm_weight, norm_bias, eps)
+    return torch.where(real, F.silu(y), 0)
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    pos: Tensor,
+    qlen: Tensor,
+    keep: Tensor | None,
+    q_pos: Tensor | None,
+    rel: Tensor | None,
+    rel_zero: int,
+    cache_bias: Tensor | None,
+    key_bias: Tensor | None,
+    chunk: int,
+    left: int,
+) -> None:
+    """What shapes and types alone can tell; nothing is read from a device.
+
+    Raises:
+        ValueError: naming the argument, what it must be and what it is.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"stream_attn: q must be [batch, frames, heads, width], but has the shape {list(q.shape)}.")
+    B, C, H, D = q.shape
+    if k.dim() != 4 or k.shape[:2] != (B, C) or k.shape[3] != D or k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(
+            f"stream_attn: k must be [{B}, {C}, key heads that divide {H}, {D}], but has the shape {list(k.shape)}."
+        )
+    G = k.shape[2]
+    if cache.dim() != 5 or cache.shape[1:3] != (2, G) or cache.shape[4] != D:
+        raise ValueError(f"stream_attn: cache must be [slots, 2, {G}, W, {D}], but has the shape {list(cache.shape)}.")
+    S, W = cache.shape[0], cache.shape[3]
+    if chunk < 0 or left < 0:
+        raise ValueError(f"stream_attn: chunk and left must be 0 or more, but are {chunk} and {left}.")
+    if left + C > W:
+        raise ValueError(
+            f"stream_attn: cache must remember at least left + frames = {left + C}, but W is {W}; make it longer, or "
+            f"feed fewer frames a call."
+        )
+    back = left + (chunk or C) - 1
+    if rel is not None and (rel_zero < back or rel_zero + C > rel.shape[-2]):
+        raise ValueError(
+            f"stream_attn: rel must have rows for the distances -{back} to {C - 1} around rel_zero, {rel_zero}, but "
+            f"has the shape {list(rel.shape)}."
+        )
+    if (cache_bias is None) != (key_bias is None):
+        raise ValueError("stream_attn: cache_bias and key_bias must be given together, but one is None.")
+    expected: dict[str, Expected] = {
+        "v": (v, (B, C, G, D), q.dtype),
+        "q_pos": (q_pos, (B, C, H, D), q.dtype),
+        "rel": (rel, (H, None if rel is None else rel.shape[-2], D), q.dtype),
+        "cache_bias": (cache_bias, (S, H, W), torch.float32 if q.dtype != torch.float64 else q.dtype),
+        "key_bias": (key_bias, (B, C, H), None),
+    }
+    _expect("stream_attn", q, {"k": (k, (B, C, G, D), q.dtype), "cache": (cache, None, q.dtype), **expected})
+    _expect_rows("stream_attn", q, {"slots": slots, "pos": pos, "qlen": qlen, "keep": keep})
+
+
+def check_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor,
+    slots: Tensor,
+    qlen: Tensor,
+    gated: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    """As `check_attention`."""
+    if weight.dim() != 2:
+        raise ValueError(f"conv_step: weight must be [channels, taps], but has the shape {list(weight.shape)}.")
+    D, K = weight.shape
+    width = 2 * D if gated else D
+    if x.dim() != 3 or x.shape[2] != width:
+        raise ValueError(f"conv_step: x must be [batch, frames, {width}], but has the shape {list(x.shape)}.")
+    if cache.dim() != 3 or cache.shape[1:] != (K - 1, D):
+        raise ValueError(f"conv_step: cache must be [slots, {K - 1}, {D}], but has the shape {list(cache.shape)}.")
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("conv_step: norm_weight and norm_bias must be given together, but one is None.")
+    expected: dict[str, Expected] = {"bias": (bias, (D,), x.dtype), "norm_weight": (norm_weight, (D,), x.dtype)}
+    expected |= {"norm_bias": (norm_bias, (D,), x.dtype), "weight": (weight, None, x.dtype)}
+    _expect("conv_step", x, {"cache": (cache, None, x.dtype), **expected})
+    _expect_rows("conv_step", x, {"slots": slots, "qlen": qlen})
+
+
+def _expect(operator: str, like: Tensor, expected: dict[str, Expected]) -> None:
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is None:
+            continue
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{operator}: {name} must be {list(shape)}, but has the shape {list(tensor.shape)}.")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{operator}: {name} must be {dtype}, but is {tensor.dtype}.")
+        if tensor.device != like.device:
+            raise ValueError(f"{operator}: {name} must be on {like.device}, but is on {tensor.device}.")
+
+
+def _expect_rows(operator: str, like: Tensor, rows: dict[str, Tensor | None]) -> None:
+    for name, tensor in rows.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (like.shape[0],):
+            raise ValueError(f"{operator}: {name} must be [{like.shape[0]}], but has the shape {list(tensor.shape)}.")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{operator}: {name} must be int32 or int64, but is {tensor.dtype}.")
+        if tensor.device != like.device:
+            raise ValueError(f"{operator}: {name} must be on {like.device}, but is on {tensor.device}.")
