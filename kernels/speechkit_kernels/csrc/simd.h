@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#define SPEECHKIT_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -90,7 +92,7 @@ struct Simd {
 
 // 2^x for x <= 0: a minimax polynomial of relative error 2e-9 on [-1/2, 1/2], times a power of two made of bits.
 // Below -127 the power is 0, so minus infinity gives exactly 0; NaN stays NaN.
-inline Simd<float>::vec exp2(Simd<float>::vec x) {
+SPEECHKIT_INLINE Simd<float>::vec exp2(Simd<float>::vec x) {
   using S = Simd<float>;
   const S::vec shift = S::splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   x = S::above(S::splat(-127.f), x);

@@ -173,9 +173,23 @@ struct Rows {  // rows of keys or values: row j < end[0] lies in stretch 0, and 
   const Number* at[3];
   int64_t step[3], end[2];
 
+  int stretch(int64_t j) const { return (j >= end[0]) + (j >= end[1]); }
   const Number* operator()(int64_t j) const {
-    const int s = (j >= end[0]) + (j >= end[1]);
+    const int s = stretch(j);
     return at[s] + j * step[s];
+  }
+
+  // Rows j to j + count - 1, those before row 0 or after the last counted as that one.
+  template <int count>
+  SPEECHKIT_INLINE void lines(const Number** line, int64_t j, int64_t last) const {
+    const int s = stretch(j);
+    if (j >= 0 && j + count - 1 <= last && stretch(j + count - 1) == s) {
+      const Number* start = at[s] + j * step[s];
+#pragma GCC unroll 16
+      for (int r = 0; r < count; ++r) line[r] = start + r * step[s];
+    } else {
+      for (int r = 0; r < count; ++r) line[r] = (*this)(most(0, least(j + r, last)));
+    }
   }
 };
 
@@ -380,9 +394,9 @@ class Worker {
   static int64_t strip(int64_t n) { return (n + 2 * L - 1) / (2 * L) * 2 * L; }  // an even number of vectors
 
   // dots[r] += products of the query with row j + r, lane by lane
-  void add_dots(vec* dots, const Number* query, const Rows<Number>& rows, int64_t j, int64_t last) const {
+  SPEECHKIT_INLINE void add_dots(vec* dots, const Number* query, const Rows<Number>& rows, int64_t j, int64_t last) const {
     const Number* line[L];
-    for (int r = 0; r < L; ++r) line[r] = rows(least(j + r, last));
+    rows.template lines<L>(line, j, last);
     for (int64_t d = 0; d + kSpan <= width; d += kSpan) {
       const Words q = E::load(query + d);
 #pragma GCC unroll 16
@@ -405,7 +419,8 @@ class Worker {
       if (m + kBlock <= unused) return;
       vec x[kBlock] = {};
       add_products(x, turned_position, positions, m - unused, n + rows - 2);
-      for (int r = 0; r < kBlock; ++r) S::store(band + (m + r) % kBand * L, x[r]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kBlock; ++r) S::store(band + (m % kBand + r) * L, x[r]);
     };
     if (a.rel)
       for (int64_t m = 0; m < ahead; m += kBlock) fill(m);
@@ -430,26 +445,22 @@ class Worker {
   }
 
   // sum[r] += the products of one query a lane with row j + r, number by number
-  void add_products(vec* sum, const Number* queries, const Rows<Number>& rows, int64_t j, int64_t last) const {
+  SPEECHKIT_INLINE void add_products(vec* sum, const Number* queries, const Rows<Number>& rows, int64_t j, int64_t last) const {
     const Number* line[kBlock];
-    for (int r = 0; r < kBlock; ++r) line[r] = rows(most(0, least(j + r, last)));
-    const int64_t stop = width;
-    vec x[kBlock];
-    for (int r = 0; r < kBlock; ++r) x[r] = sum[r];
+    rows.template lines<kBlock>(line, j, last);
 #pragma GCC unroll 4
-    for (int64_t d = 0; d < stop; d += E::pair) {
+    for (int64_t d = 0; d < width; d += E::pair) {
       const Words q = E::load(queries + d * L);
 #pragma GCC unroll 8
-      for (int r = 0; r < kBlock; ++r) x[r] = E::add_product(x[r], q, E::splat(line[r] + d));
+      for (int r = 0; r < kBlock; ++r) sum[r] = E::add_product(sum[r], q, E::splat(line[r] + d));
     }
-    for (int r = 0; r < kBlock; ++r) sum[r] = x[r];
   }
 
   // x[r] lane i = band[j + r + L - 1 - i] lane i: rows are moved down by the bits of L - 1 - i, one at a time.
-  void skew(vec* x, int64_t j) const {
+  SPEECHKIT_INLINE void skew(vec* x, int64_t j) const {
     vec y[kBlock + L - 1];
 #pragma GCC unroll 32
-    for (int r = 0; r < kBlock + L - 1; ++r) y[r] = S::load(band + (j + r) % kBand * L);
+    for (int r = 0; r < kBlock + L - 1; ++r) y[r] = S::load(band + ((j + r / kBlock * kBlock) % kBand + r % kBlock) * L);
 #pragma GCC unroll 4
     for (int bit = L / 2; bit; bit /= 2) {
       typename S::ivec moved;
@@ -457,6 +468,7 @@ class Worker {
 #pragma GCC unroll 32
       for (int r = 0; r < kBlock + bit - 1; ++r) y[r] = moved ? y[r + bit] : y[r];
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kBlock; ++r) x[r] = y[r];
   }
 
