@@ -42,8 +42,10 @@ FLAGS = (
     *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"),
 )
 LINK = ("-shared", "-ltorch_cpu")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 X86_64 = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    "avx512bf16": (*AVX512, "-mavx512bf16"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
@@ -69,6 +71,8 @@ UNITS = (
     Unit("library.cpp"),
     Unit("conv_step_op.cpp"),
     *(Unit("conv_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    Unit("stream_attn_op.cpp"),
+    *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
 )
 
 

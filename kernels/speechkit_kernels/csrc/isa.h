@@ -4,7 +4,7 @@
 
 namespace speechkit {
 
-enum class Isa { portable, avx2, avx512 };  // ascending; avx512 is F, BW, DQ, VL
+enum class Isa { portable, avx2, avx512, avx512bf16 };  // ascending; avx512 is F, BW, DQ, VL
 
 Isa isa();  // the one in use: the best this machine has, unless another was asked for
 

@@ -1,5 +1,4 @@
-// What one call of stream_attn is made of, and the entry of each instruction set. No torch here: the kernels are
-// compiled with flags that no shared inline function may be compiled with.
+// One call of stream_attn, as pointers and strides: no header of torch's, see build.py.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +19,18 @@ struct StreamAttn {
   int64_t B, C, H, G, D, W;
   Array q, k, v, cache, q_pos, bias_u, bias_v, rel, cache_bias, key_bias, slopes, out;
   const int64_t *slots, *pos, *qlen, *keep;  // [B], checked
-  int64_t rel_zero, rel_rows, chunk, left;
+  int64_t rel_zero, chunk, left;
   double scale;
 };
 
-// Rows of work are (key head, batch, head of the group) in this order, so that neighbours share a table of positions
-// or a window of keys. `run` does rows [begin, end) with `scratch_bytes` of memory that is aligned to 64 bytes.
-struct Variant {
-  const char* name;
-  bool (*supported)();
-  int64_t (*scratch_bytes)(const StreamAttn&);
-  void (*run)(const StreamAttn&, int64_t begin, int64_t end, char* scratch);
-};
+// Tasks are (key head, batch, head of the group) in this order, so that neighbours share a table of positions or a window
+// of keys. `stream_attn` does tasks [begin, end) with `stream_attn_bytes` of memory, aligned to 64 bytes.
+#define SPEECHKIT_DECLARE(name)                                                             \
+  namespace name {                                                                          \
+  int64_t stream_attn_bytes(const StreamAttn&);                                             \
+  void stream_attn(const StreamAttn&, int64_t begin, int64_t end, char* scratch);           \
+  }
+SPEECHKIT_ISAS(SPEECHKIT_DECLARE)
+#undef SPEECHKIT_DECLARE
 
 }  // namespace speechkit

@@ -1,4 +1,4 @@
-// Vectors as wide as the instruction set this file is compiled for, in the vector extensions of g++ and clang++.
+// What stream_attn needs of vectors: as wide as the instruction set this file is compiled for, in the vector extensions of g++ and clang++.
 // Everything has internal linkage: code of one instruction set must never be merged with that of another.
 #pragma once
 
