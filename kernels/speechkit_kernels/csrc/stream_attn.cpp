@@ -434,7 +434,7 @@ class Worker {
         const int64_t key = least(j + r, n - 1);
         // |t_j - t_i| is the same as |t_i - t_j|, whose lanes ascend
         x[r] = finish(x[r], a.key_bias ? S::splat(bias[key]) : vec{}, slope, -Real(offset + key));
-        top = S::above(top, x[r]);
+        if (j + r < n) top = S::above(top, x[r]);  // a row of the block after the last key is nobody's score
         S::store(scores + (j + r) * L, x[r]);
       }
     }

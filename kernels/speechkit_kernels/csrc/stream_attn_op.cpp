@@ -103,10 +103,6 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const Tensor& pos, const Tensor& qlen, const MaybeTensor& keep, const MaybeTensor& q_pos, const MaybeTensor& bias_u,
                    const MaybeTensor& bias_v, const MaybeTensor& rel, int64_t rel_zero, const MaybeTensor& cache_bias,
                    const MaybeTensor& key_bias, const MaybeTensor& slopes, int64_t chunk, int64_t left, double scale) {
-  static const bool debug = [] {
-    const char* set = std::getenv("SPEECHKIT_DEBUG");
-    return set && std::string(set) == "1";
-  }();
   StreamAttn a = described(q, k, v, cache, left);
   const auto type = q.scalar_type(), real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (chunk < 0 || left < 0)
@@ -128,7 +124,8 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const auto starts = integers("pos", pos, a.B, INT64_MAX / 2);
   const auto lengths = integers("qlen", qlen, a.B, a.C);
   const auto kept = keep ? integers("keep", *keep, a.B, a.C) : lengths;
-  if (debug) no_slot_twice(rows);
+  const char* debug = std::getenv("SPEECHKIT_DEBUG");
+  if (debug && !std::strcmp(debug, "1")) no_slot_twice(rows);
   a.slots = rows.data(), a.pos = starts.data(), a.qlen = lengths.data(), a.keep = kept.data();
   a.rel_zero = rel_zero, a.chunk = chunk, a.left = left, a.scale = scale;
   Tensor out = empty({a.B, a.C, a.H, a.D}, type);
