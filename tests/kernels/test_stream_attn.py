@@ -1,4 +1,4 @@
-"""stream_attn, compiled for every instruction set of this machine and in plain PyTorch, against sums written by index."""
+"""stream_attn, for every instruction set of this machine and in plain PyTorch, against sums written by index."""
 
 from __future__ import annotations
 
@@ -244,7 +244,9 @@ def test_a_stream_cut_at_any_chunk_borders_equals_attend_on_the_whole(operator: 
     term = position(dim=H * D, heads=H).double().requires_grad_(False) if position else None
     if position is RelativePosition:
         term.v.normal_()
-        options = dict(rel=term._table(left + chunk - 1, left + chunk + 12, q), rel_zero=left + chunk - 1, bias_v=term.v)
+        options = dict(
+            rel=term._table(left + chunk - 1, left + chunk + 12, q), rel_zero=left + chunk - 1, bias_v=term.v
+        )
     elif position is Alibi:
         options = dict(slopes=term.slopes)
     span = Span(torch.zeros(1, dtype=torch.long), torch.tensor([frames]), context)
