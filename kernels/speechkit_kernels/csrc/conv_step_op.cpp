@@ -125,8 +125,7 @@ Tensor conv_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor&
   c.norm_weight = data(norm_weight);
   c.norm_bias = data(norm_bias);
   c.out = out.mutable_data_ptr();
-  c.taps = taps.get((D + kernel.width - 1) / kernel.width * kernel.width * K * kernel.bytes);
-  kernel.pack(c);
+  kernel.pack(c, taps.get((D + kernel.width - 1) / kernel.width * kernel.width * K * kernel.bytes));
   run(c, kernel, norm_weight ? filtered.get(B * C * D * kernel.bytes) : nullptr);
   return out;
 }

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace speechkit {
 namespace SPEECHKIT_ISA {
 
@@ -127,6 +131,22 @@ Vector rounded(Vector x) {
   return widen(narrow(x, static_cast<T*>(nullptr)), static_cast<T*>(nullptr));
 }
 
+// x within two bounds; NaN stays NaN, because x86 returns the second operand where the two cannot be compared. The
+// compiler has to be told: it sees no minimum in a comparison of vectors.
+inline Floats between(Floats x, float least, float most) {
+  const Floats low = Floats{} + least, high = Floats{} + most;
+#if defined(__AVX512F__)
+  return _mm512_max_ps(low, _mm512_min_ps(high, x));
+#elif defined(__AVX2__)
+  return _mm256_max_ps(low, _mm256_min_ps(high, x));
+#elif defined(__x86_64__)
+  return _mm_max_ps(low, _mm_min_ps(high, x));
+#else
+  x = x > high ? high : x;
+  return x < low ? low : x;
+#endif
+}
+
 // The first n lanes, and zeros.
 inline Floats keep_first(Floats x, int n) {
   Floats kept{};
@@ -150,9 +170,7 @@ inline double sum(double x) { return x; }
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. n reaches 128, which no float's exponent does:
 // half of 2^n is multiplied first, then 2, so that e^y can overflow to infinity and the result to 0.
 inline Floats sigmoid(Floats x) {
-  Floats y = -x;
-  y = y > 89.0f ? Floats{} + 89.0f : y;
-  y = y < -87.0f ? Floats{} - 87.0f : y;
+  const Floats y = between(-x, -87.0f, 89.0f);
   const Floats shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Floats r = (y - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first times n exact
   Floats p = r * 0.00831250101f + 0.0418903306f;
