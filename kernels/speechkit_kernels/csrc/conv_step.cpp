@@ -93,7 +93,7 @@ struct Step {
     for (int64_t v = 0; v < count; ++v, from += lanes) {
       const int n = present(first + v * lanes);
       const Vector value = load(from, n), by = c.gated ? load(from + c.D, n) : value;
-      store(to + v * lanes, rounded<T>(value * sigmoid(by)));
+      store(to + v * lanes, rounded(value * sigmoid(by), from));
     }
   }
 
@@ -138,11 +138,8 @@ struct Step {
     }
   }
 
-  void normalise(int64_t b, int64_t first, int64_t last, Scalar* y) const {
-    for (int64_t t = first; t < last; ++t) normalise(b, t, y + t * c.D);
-  }
-
   void normalise(int64_t b, int64_t t, const Scalar* y) const {
+    y += t * c.D;
     if (t >= c.qlen[b]) {
       for (int64_t d = 0; d < c.D; d += lanes) put(b, t, d, Vector{});
       return;
@@ -186,8 +183,8 @@ ConvStepKernel kernel() {
       [](const ConvStep& c, int64_t b, int64_t block, void* seen, void* y) {
         Step<T>{c}.filter(b, block, static_cast<Scalar*>(seen), static_cast<Scalar*>(y));
       },
-      [](const ConvStep& c, int64_t b, int64_t first, int64_t last, void* y) {
-        Step<T>{c}.normalise(b, first, last, static_cast<Scalar*>(y));
+      [](const ConvStep& c, int64_t b, int64_t t, const void* y) {
+        Step<T>{c}.normalise(b, t, static_cast<const Scalar*>(y));
       }};
 }
 

@@ -42,8 +42,8 @@ struct ConvStepKernel {
   // for [K - 1 + C, width]; the filtered frames go to `y`, [C, D], or through SiLU to `out` where that is null.
   void (*filter)(const ConvStep&, int64_t b, int64_t block, void* seen, void* y);
 
-  // Layer norm and SiLU of the frames from first to last - 1 of row b, from `y` to `out`.
-  void (*normalise)(const ConvStep&, int64_t b, int64_t first, int64_t last, void* y);
+  // Layer norm and SiLU of frame t of row b, from its place in `y` to `out`.
+  void (*normalise)(const ConvStep&, int64_t b, int64_t t, const void* y);
 };
 
 #define SPEECHKIT_DECLARE(name)              \

@@ -58,11 +58,13 @@ inline Floats widen(Shorts bits, const Float16*) {
 
 inline Floats narrow(Floats x, const float*) { return x; }
 
-// To the nearest, ties to even; NaN stays NaN.
-inline Shorts narrow(Floats x, const BFloat16*) {
-  const Words word = as_words(x), rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : (Words{} + 0x7fc0), Shorts);
+// To the nearest, ties to even; NaN stays NaN. The lower half of a word is no part of the result.
+inline Words bfloat16_above(Floats x) {
+  const Words word = as_words(x), rounded = word + 0x7fff + (word >> 16 & 1);
+  return x == x ? rounded : (Words{} + 0x7fc00000);
 }
+
+inline Shorts narrow(Floats x, const BFloat16*) { return __builtin_convertvector(bfloat16_above(x) >> 16, Shorts); }
 
 // To the nearest, ties to even. What is to be subnormal is rounded by the sum with 0.5, whose last bit is the least half.
 inline Shorts narrow(Floats x, const Float16*) {
@@ -127,9 +129,10 @@ void store(T* to, Vector x, int n) {
 
 // As a T keeps it.
 template <class T, class Vector>
-Vector rounded(Vector x) {
-  return widen(narrow(x, static_cast<T*>(nullptr)), static_cast<T*>(nullptr));
+Vector rounded(Vector x, const T* type) {
+  return widen(narrow(x, type), type);
 }
+inline Floats rounded(Floats x, const BFloat16*) { return as_floats(bfloat16_above(x) & 0xffff0000); }
 
 // x within two bounds; NaN stays NaN, because x86 returns the second operand where the two cannot be compared. The
 // compiler has to be told: it sees no minimum in a comparison of vectors.
