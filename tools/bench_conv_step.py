@@ -16,11 +16,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+import speechkit_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import speechkit_kernels
 
 CASES = [*itertools.product((1, 4, 16), (2, 4, 16), (144, 256, 512, 1024), (9, 31))]
 Candidate = Callable[[], Tensor]
@@ -45,7 +44,11 @@ def main() -> None:
         ratio = [min(medians[:2]) / median for median in medians[2:]]
         ratios.append(ratio)
         cells = "".join(f"{cell(t):>22}" for t in times)
-        print("".join(f"{n:>{w}} " for n, w in zip(case, (3, 3, 5, 3), strict=True)) + cells + f"   {ratio[0]:.1f}x {ratio[1]:.1f}x")
+        print(
+            "".join(f"{n:>{w}} " for n, w in zip(case, (3, 3, 5, 3), strict=True))
+            + cells
+            + f"   {ratio[0]:.1f}x {ratio[1]:.1f}x"
+        )
     for name, column in zip(NAMES[2:], zip(*ratios, strict=True), strict=True):
         print(f"{name}: {min(column):.1f}x to {max(column):.1f}x, median {statistics.median(column):.1f}x")
 
