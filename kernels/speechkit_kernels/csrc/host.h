@@ -58,7 +58,7 @@ inline std::string dtype_text(ScalarType dtype) {
 // The arguments of one call of an operator, which its checks name.
 class Arguments {
  public:
-  explicit Arguments(const char* name) : name_(name) {}
+  explicit constexpr Arguments(const char* name) : name_(name) {}
 
   void shape(const char* argument, const Tensor& tensor, Shape expected) const {
     const auto sizes = tensor.sizes();
