@@ -100,7 +100,7 @@ struct Dense {
   using S = Simd<Real>;
   using vec = typename S::vec;
   using Words = vec;
-  static constexpr int pair = 1, unit = 1, narrow = 7;
+  static constexpr int pair = 1, unit = 1, narrow = 6;  // queries up to which lanes along a key pay (Zen 4)
 
   static Words load(const Number* at) { return S::load(at); }
   static Words splat(const Number* at) { return S::splat(*at); }
@@ -123,7 +123,7 @@ struct Paired {  // bfloat16, multiplied in pairs and summed in float
   using S = Simd<float>;
   using vec = S::vec;
   using Words = S::ivec;
-  static constexpr int pair = 2, unit = 2, narrow = 7;
+  static constexpr int pair = 2, unit = 2, narrow = 5;
 
   static Words load(const Number* at) { return (Words)_mm512_loadu_si512(at); }
   static Words splat(const Number* at) {
