@@ -11,6 +11,7 @@ namespace speechkit {
 namespace {
 
 const Arguments arguments("stream_attn");
+constexpr int64_t endless = INT64_MAX / 4;  // times up to here add up without overflow
 
 Type type_of(const char* name, ScalarType type) {
   switch (type) {
@@ -107,8 +108,9 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const auto type = q.scalar_type(), real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (chunk < 0 || left < 0)
     refuse("stream_attn: chunk and left must be 0 or more, but are ", chunk, " and ", left, ".");
+  if (chunk > endless) refuse("stream_attn: chunk must be at most ", endless, ", but is ", chunk, ".");
   const int64_t back = left + (chunk ? chunk : a.C) - 1;
-  if (rel && (rel->dim() != 3 || rel_zero < back || rel_zero + a.C > rel->size(1)))
+  if (rel && (rel->dim() != 3 || rel_zero < back || rel_zero > rel->size(1) - a.C))
     refuse("stream_attn: rel must have rows for the distances -", back, " to ", a.C - 1, " around rel_zero, ", rel_zero,
            ", but has the shape ", shape_text(rel->sizes()), ".");
   if (cache_bias.has_value() != key_bias.has_value())
@@ -121,7 +123,7 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   a.key_bias = array("key_bias", key_bias, {a.B, a.C, a.H}, std::nullopt, false);
   a.slopes = array("slopes", slopes, {a.H}, std::nullopt, false);
   const auto rows = integers("slots", slots, a.B, cache.size(0) - 1);
-  const auto starts = integers("pos", pos, a.B, INT64_MAX / 2);
+  const auto starts = integers("pos", pos, a.B, endless);
   const auto lengths = integers("qlen", qlen, a.B, a.C);
   const auto kept = keep ? integers("keep", *keep, a.B, a.C) : lengths;
   const char* debug = std::getenv("SPEECHKIT_DEBUG");
