@@ -1,0 +1,408 @@
+"""`stream_attn` on NVIDIA GPUs: csrc/cuda/stream_attn.cu, compiled by NVRTC when first used and launched from here.
+
+A variant of the kernel is a set of preprocessor constants. NVRTC, which every CUDA build of torch brings, makes a cubin
+of it in about a second, kept on disk under the hash of source, variant, architecture and NVRTC's version. A launch
+reads nothing from the device and allocates the output only, so it can be captured in a CUDA graph once `prepare` (or an
+earlier call) has loaded its variant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import inspect
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechkit_kernels import plain
+
+SOURCES = Path(__file__).parent / "csrc" / "cuda"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDEST = 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The constants stream_attn.cu is compiled with; said there."""
+
+    TYPE: int
+    WIDTH: int
+    ROW_WARPS: int
+    KEY_WARPS: int
+    KEYS: int
+    TABLE: int
+    Q_POS: int
+    VEC: int
+    STAGES: int = 2
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.ROW_WARPS
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.ROW_WARPS * self.KEY_WARPS
+
+    def defines(self) -> list[str]:
+        return [f"-D{name}={value}" for name, value in asdict(self).items()]
+
+    def keys_each(self, left: int, frames: int) -> int:
+        """Keys of one part, whole stages of them."""
+        return math.ceil((left + frames) / (self.KEY_WARPS * self.KEYS)) * self.KEYS
+
+    def shared_bytes(self, left: int, frames: int) -> int:
+        padded = math.ceil(self.WIDTH / 16) * 16
+        pitch = (padded * (2 if self.TYPE else 4) // 16 | 1) * 16
+        step, warps = self.KEY_WARPS * self.KEYS, self.ROW_WARPS * self.KEY_WARPS
+        table_rows = self.KEY_WARPS * (self.KEYS + self.rows) if self.TABLE == 2 else 0
+        stage = (2 * step + table_rows) * pitch + 4 * step + (1 + self.Q_POS) * self.rows * pitch
+        slab = (math.ceil((left + frames) / 16) * 16 + self.rows) * pitch if self.TABLE == 1 else 0
+        return self.STAGES * stage + 8 * padded + 16 * warps * (4 * (padded + 8) + 8) + slab
+
+
+def choose(dtype: torch.dtype, width: int, frames: int, left: int, rel: bool, q_pos: bool, vec: int, limit: int) -> Variant:
+    """The variant of a call: what fits half of a processor's shared memory, so that two blocks share it, else all of it.
+
+    Of those that fit, the first has the fewest passes over the keys, then the table that stays, then long stages. Depends
+    on nothing that changes with the load, so a stream gives the same bits whoever else is served.
+
+    Raises:
+        ValueError: where nothing fits.
+    """
+    rows = 1 if frames <= 16 else 2 if frames <= 32 else 4
+    candidates = [
+        Variant(TYPES[dtype], width, row_warps, key_warps, keys, table, int(q_pos and rel), vec)
+        for row_warps in (4, 2, 1)
+        if row_warps <= rows
+        for key_warps in (4, 2, 1)
+        if row_warps * key_warps <= 4
+        for table in ((1, 2) if rel else (0,))
+        for keys in (64, 32, 16)
+        if keys * key_warps <= 64
+    ]
+    for room in (limit // 2 - 1024, limit):  # a block costs 1 KiB beside what it asks for
+        for candidate in candidates:
+            if candidate.shared_bytes(left, frames) <= room:
+                return candidate
+    raise ValueError(
+        f"stream_attn: a block must find room in {limit} bytes of shared memory, but heads of width {width} in {dtype} need more; use a narrower "
+        f"type."
+    )
+
+
+# ---- arguments, laid out as struct Args of stream_attn.cu ------------------------------------------------------------
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_P, _L, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
+Rows = _struct("Rows", at=_P, batch=_L, frame=_L, head=_L)
+Ring = _struct("Ring", at=_P, slot=_L, part=_L, head=_L, frame=_L)
+Table = _struct("Table", at=_P, head=_L, row=_L, rows=_I, zero=_I)
+Reals = _struct("Reals", at=_P, head=_L, column=_L, narrow=_L)
+Counts = _struct("Counts", at=_P, wide=_L)
+Args = _struct(
+    "Args",
+    **dict.fromkeys(("q", "k", "v", "q_pos", "out", "key_bias"), Rows),
+    **dict.fromkeys(("ring", "ring_bias"), Ring),
+    rel=Table,
+    **dict.fromkeys(("bias_u", "bias_v", "slopes"), Reals),
+    **dict.fromkeys(("slots", "pos", "qlen", "keep"), Counts),
+    **dict.fromkeys(("streams", "frames", "group", "W", "chunk", "left", "range"), _I),
+    scale=ctypes.c_float,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call made ready: ``grid`` blocks at most (the first number may be lowered), and what it must keep alive."""
+
+    variant: Variant
+    args: ctypes.Structure
+    grid: tuple[int, int, int]
+    shared_bytes: int
+    held: list[Tensor]
+
+
+def unsupported(q: Tensor, cache: Tensor, cache_bias: Tensor | None = None) -> str | None:
+    """Why the kernel leaves a call to plain PyTorch, or None."""
+    if q.dtype not in TYPES:
+        return f"the kernel computes in {', '.join(map(str, TYPES))}, but q is {q.dtype}"
+    if q.shape[3] > WIDEST:
+        return f"the kernel serves heads up to {WIDEST} wide, but q's are {q.shape[3]}"
+    if cache.stride(4) != 1:
+        return f"the kernel needs the last dimension of cache to be contiguous, but its stride is {cache.stride(4)}"
+    return None
+
+
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    pos: Tensor,
+    qlen: Tensor,
+    *,
+    out: Tensor,
+    limit: int,
+    keep: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    bias_u: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    rel: Tensor | None = None,
+    rel_zero: int = 0,
+    cache_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    chunk: int = 0,
+    left: int,
+    scale: float,
+) -> Call:
+    """Variant and arguments for a GPU with ``limit`` bytes of shared memory a block. Reads shapes and strides only."""
+    B, C, H, D = q.shape
+    if rel is None:
+        q_pos = bias_v = None
+    held: list[Tensor] = []
+
+    def rows_of(x: Tensor | None) -> ctypes.Structure:
+        return _strided(Rows, _held(held, x, lambda t: t if t.stride(-1) == 1 else t.contiguous()), 3)
+
+    def reals_of(x: Tensor | None) -> ctypes.Structure:
+        x = _held(held, x, lambda t: t if t.dtype in (q.dtype, torch.float32) else t.float())
+        made = _strided(Reals, x, 2)
+        made.narrow = x is not None and x.dtype != torch.float32
+        return made
+
+    def counts_of(x: Tensor | None) -> ctypes.Structure:
+        x = _held(held, x, lambda t: t.contiguous())
+        return Counts(None if x is None else x.data_ptr(), x is not None and x.dtype == torch.int64)
+
+    scores = None if key_bias is None else _strided(Rows, _held(held, key_bias, lambda t: t.float()), 3)
+    table = _held(held, rel, lambda t: t if t.stride(-1) == 1 else t.contiguous())
+    args = Args(
+        **{name: rows_of(x) for name, x in (("q", q), ("k", k), ("v", v), ("q_pos", q_pos), ("out", out))},
+        key_bias=scores or Rows(),
+        ring=_strided(Ring, cache, 4),
+        rel=Table() if table is None else Table(*_place(table, 2), table.shape[1], rel_zero),
+        **{name: reals_of(x) for name, x in (("bias_u", bias_u), ("bias_v", bias_v), ("slopes", slopes))},
+        **{name: counts_of(x) for name, x in (("slots", slots), ("pos", pos), ("qlen", qlen), ("keep", keep))},
+        streams=B,
+        frames=C,
+        group=H // k.shape[2],
+        W=cache.shape[3],
+        chunk=chunk,
+        left=left,
+        scale=scale * math.log2(math.e),
+    )
+    if cache_bias is not None:
+        slot, head, frame = (step * 4 for step in cache_bias.stride())
+        args.ring_bias = Ring(cache_bias.data_ptr(), slot, 0, head, frame)
+    vec = _common_piece(q.element_size() * D, [args.q, args.k, args.v, args.q_pos, args.out, args.ring, args.rel])
+    variant = choose(q.dtype, D, C, left, rel is not None, q_pos is not None, vec, limit)
+    args.range = variant.keys_each(left, C)
+    return Call(variant, args, (B, H, math.ceil(C / variant.rows)), variant.shared_bytes(left, C), held)
+
+
+def _held(held: list[Tensor], x: Tensor | None, change: Any) -> Tensor | None:
+    if x is not None:
+        held.append(change(x))
+        return held[-1]
+    return None
+
+
+def _place(x: Tensor, dims: int) -> list[int]:
+    return [x.data_ptr(), *(step * x.element_size() for step in x.stride()[:dims])]
+
+
+def _strided(kind: Any, x: Tensor | None, dims: int) -> ctypes.Structure:
+    return kind() if x is None else kind(*_place(x, dims))
+
+
+def _common_piece(row_bytes: int, places: list[ctypes.Structure]) -> int:
+    """The most bytes, 16 at most, that divide a row, every address and every stride."""
+    numbers = [getattr(p, name) or 0 for p in places for name, kind in p._fields_ if kind is not _I]
+    return math.gcd(16, row_bytes, *numbers)
+
+
+# ---- compilation --------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "speechkit" / "kernels"
+
+
+def compile_variant(variant: Variant, arch: int) -> bytes:
+    """The cubin of a variant for ``sm_<arch>``, from disk where it was made before. Needs NVRTC, but no GPU.
+
+    Raises:
+        RuntimeError: what NVRTC says, or that it was not found.
+    """
+    nvrtc = _bindings("nvrtc")
+    header, source = (SOURCES / "prim.h").read_bytes(), (SOURCES / "stream_attn.cu").read_bytes()
+    options = [f"--gpu-architecture=sm_{arch}", "-std=c++17", *variant.defines()]
+    version = _checked(nvrtc, nvrtc.nvrtcVersion())
+    key = hashlib.sha256(repr((header, source, options, version)).encode()).hexdigest()[:32]
+    path = cache_folder() / f"stream_attn-{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, b"stream_attn.cu", 1, [header], [b"prim.h"]))[0]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytes(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))[0])
+        _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"stream_attn: NVRTC must compile the kernel for sm_{arch}, but says: {log.decode().strip()}")
+    cubin = bytes(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))[0])
+    _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    _checked(nvrtc, nvrtc.nvrtcDestroyProgram(program))
+    _write(path, cubin)
+    return cubin
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes it; a folder that cannot be written costs a second a process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def _bindings(name: str) -> Any:
+    try:
+        import importlib
+
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise RuntimeError(
+            f"stream_attn: the CUDA kernel needs the package cuda-bindings, but it cannot be imported ({error}); install the CUDA build of torch."
+        ) from error
+
+
+def _checked(module: Any, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+    status, *values = answer
+    if status.value:
+        raise RuntimeError(f"stream_attn: {module.__name__} must succeed, but answers {status.name}.")
+    return tuple(values)
+
+
+# ---- launch ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    function: Any
+    blocks: int  # that the device runs at a time
+
+
+@functools.cache
+def reason(device: int = 0) -> str | None:
+    """Why a GPU's calls go to plain PyTorch, or None where the kernel serves them."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    if torch.version.hip:
+        return "the kernel is written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernel needs a GPU of compute capability 8.0 or newer, but this one has {major}.{minor}"
+    try:
+        _bindings("driver").cuInit(0)
+        nvrtc = _bindings("nvrtc")
+        _checked(nvrtc, nvrtc.nvrtcVersion())
+    except RuntimeError as error:  # cuda.pathfinder's errors of libraries not found are RuntimeErrors too
+        return str(error)
+    return None
+
+
+@functools.cache
+def _limit(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def _loaded(variant: Variant, shared_bytes: int, device: int) -> Loaded:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stream_attn: a variant must be loaded before a CUDA graph captures it, but this one is not; call "
+            "speechkit_kernels.cuda.prepare with the same arguments first, or run the step once."
+        )
+    driver = _bindings("driver")
+    major, minor = torch.cuda.get_device_capability(device)
+    torch.cuda.current_stream()  # torch's context is current from here on
+    module = _checked(driver, driver.cuModuleLoadData(compile_variant(variant, 10 * major + minor)))[0]
+    function = _checked(driver, driver.cuModuleGetFunction(module, b"stream_attn"))[0]
+    dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver, driver.cuFuncSetAttribute(function, dynamic, shared_bytes))
+    each = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, variant.threads, shared_bytes)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Loaded(function, _checked(driver, each)[0] * processors)
+
+
+def stream_attn(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any) -> Tensor:
+    """As `plain.stream_attn`, on the current stream of the device of ``q``.
+
+    Raises:
+        ValueError: as there.
+        RuntimeError: during capture, where the variant was not loaded before.
+    """
+    device = q.device.index
+    if reason(device) or unsupported(q, cache):
+        return plain.stream_attn(q, k, v, cache, slots, pos, qlen, **options)
+    _check(q, k, v, cache, slots, pos, qlen, **options)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device(device):
+        call = describe(q, k, v, cache, slots, pos, qlen, out=out, limit=_limit(device), **options)
+        _launch(call, _loaded(call.variant, call.shared_bytes, device), torch.cuda.current_stream().cuda_stream)
+    return out
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any) -> None:
+    """Compile and load what a call with such arguments needs, without running it."""
+    device = q.device.index
+    if reason(device) or unsupported(q, cache):
+        return
+    with torch.cuda.device(device):
+        call = describe(q, k, v, cache, slots, pos, qlen, out=torch.empty_like(q), limit=_limit(device), **options)
+        _loaded(call.variant, call.shared_bytes, device)
+
+
+def _check(q: Tensor, *tensors: Tensor, **options: Any) -> None:
+    parameters = inspect.signature(plain.check_attention).parameters
+    bound = dict(zip(parameters, (q, *tensors), strict=False)) | options
+    plain.check_attention(**{name: bound.get(name, 0 if name in ("rel_zero", "chunk") else None) for name in parameters})
+
+
+def _launch(call: Call, loaded: Loaded, stream: int) -> None:
+    """Each block serves as many streams as every other, as far as the number divides, and all blocks run at once."""
+    driver = _bindings("driver")
+    streams, heads, strips = call.grid
+    turns = math.ceil(streams / max(1, loaded.blocks // (heads * strips)))
+    grid = (math.ceil(streams / turns), heads, strips)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call.args))
+    threads = (call.variant.threads, 1, 1)
+    _checked(
+        driver,
+        driver.cuLaunchKernel(loaded.function, *grid, *threads, call.shared_bytes, stream, ctypes.addressof(pointers), 0),
+    )
+
+
+def register() -> None:
+    """Serve ``torch.ops.speechkit.stream_attn`` on CUDA from here."""
+    from speechkit_kernels.ops import LIBRARY
+
+    LIBRARY.impl("stream_attn", stream_attn, "CUDA")
