@@ -27,6 +27,7 @@ from speechkit_kernels import plain
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 128
+RESERVED = 1024  # bytes of shared memory that a block costs beside what it asks for
 
 
 @dataclass(frozen=True)
@@ -63,39 +64,37 @@ class Variant:
         pitch = (padded * (2 if self.TYPE else 4) // 16 | 1) * 16
         step, warps = self.KEY_WARPS * self.KEYS, self.ROW_WARPS * self.KEY_WARPS
         table_rows = self.KEY_WARPS * (self.KEYS + self.rows) if self.TABLE == 2 else 0
-        stage = (2 * step + table_rows) * pitch + 4 * step + (1 + self.Q_POS) * self.rows * pitch
+        sums = 16 * warps * 4 * (padded + 8)
+        stage = max((2 * step + table_rows) * pitch + 4 * step, sums)
+        query = (1 + self.Q_POS) * self.rows * pitch
         slab = (math.ceil((left + frames) / 16) * 16 + self.rows) * pitch if self.TABLE == 1 else 0
-        return self.STAGES * stage + 8 * padded + 16 * warps * (4 * (padded + 8) + 8) + slab
+        return self.STAGES * (stage + query) + 8 * padded + 128 * warps + slab
 
 
-def choose(dtype: torch.dtype, width: int, frames: int, left: int, rel: bool, q_pos: bool, vec: int, limit: int) -> Variant:
-    """The variant of a call: what fits half of a processor's shared memory, so that two blocks share it, else all of it.
+def choose(
+    dtype: torch.dtype, width: int, frames: int, left: int, rel: bool, q_pos: bool, vec: int, limit: int
+) -> Variant | None:
+    """The variant of a call, or None where not even the smallest fits ``limit`` bytes of shared memory.
 
-    Of those that fit, the first has the fewest passes over the keys, then the table that stays, then long stages. Depends
-    on nothing that changes with the load, so a stream gives the same bits whoever else is served.
-
-    Raises:
-        ValueError: where nothing fits.
+    First the fewest passes over the keys, then the most warps on a processor (8 keep its memory busy), then a table that
+    stays, then long stages. Nothing here changes with the load, so a stream gives the same bits whoever else is served.
     """
-    rows = 1 if frames <= 16 else 2 if frames <= 32 else 4
-    candidates = [
+    sizes = [
         Variant(TYPES[dtype], width, row_warps, key_warps, keys, table, int(q_pos and rel), vec)
-        for row_warps in (4, 2, 1)
-        if row_warps <= rows
-        for key_warps in (4, 2, 1)
-        if row_warps * key_warps <= 4
+        for row_warps in (1, 2, 4)
+        for key_warps in (1, 2, 4)
         for table in ((1, 2) if rel else (0,))
         for keys in (64, 32, 16)
-        if keys * key_warps <= 64
+        if row_warps * key_warps <= 4 and keys * key_warps <= 64
     ]
-    for room in (limit // 2 - 1024, limit):  # a block costs 1 KiB beside what it asks for
-        for candidate in candidates:
-            if candidate.shared_bytes(left, frames) <= room:
-                return candidate
-    raise ValueError(
-        f"stream_attn: a block must find room in {limit} bytes of shared memory, but heads of width {width} in {dtype} need more; use a narrower "
-        f"type."
-    )
+
+    def merit(variant: Variant) -> tuple[int, int, int, int]:
+        blocks = (limit + RESERVED) // (variant.shared_bytes(left, frames) + RESERVED)
+        passes = math.ceil(frames / variant.rows)
+        warps = min(8, blocks * variant.KEY_WARPS * min(variant.ROW_WARPS, math.ceil(frames / 16)))
+        return -passes, warps, -variant.TABLE, variant.KEYS * variant.KEY_WARPS
+
+    return max((v for v in sizes if v.shared_bytes(left, frames) <= limit), key=merit, default=None)
 
 
 # ---- arguments, laid out as struct Args of stream_attn.cu ------------------------------------------------------------
@@ -106,8 +105,8 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _P, _L, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
-Rows = _struct("Rows", at=_P, batch=_L, frame=_L, head=_L)
-Ring = _struct("Ring", at=_P, slot=_L, part=_L, head=_L, frame=_L)
+Rows = _struct("Rows", at=_P, batch=_L, head=_L, frame=_I)
+Ring = _struct("Ring", at=_P, slot=_L, part=_L, head=_L, frame=_I)
 Table = _struct("Table", at=_P, head=_L, row=_L, rows=_I, zero=_I)
 Reals = _struct("Reals", at=_P, head=_L, column=_L, narrow=_L)
 Counts = _struct("Counts", at=_P, wide=_L)
@@ -168,71 +167,63 @@ def describe(
     chunk: int = 0,
     left: int,
     scale: float,
-) -> Call:
-    """Variant and arguments for a GPU with ``limit`` bytes of shared memory a block. Reads shapes and strides only."""
+
+) -> Call | None:
+    """Variant and arguments for a GPU with ``limit`` bytes of shared memory a block, from shapes and strides alone; None
+    where no variant fits."""
     B, C, H, D = q.shape
     if rel is None:
         q_pos = bias_v = None
-    held: list[Tensor] = []
-
-    def rows_of(x: Tensor | None) -> ctypes.Structure:
-        return _strided(Rows, _held(held, x, lambda t: t if t.stride(-1) == 1 else t.contiguous()), 3)
-
-    def reals_of(x: Tensor | None) -> ctypes.Structure:
-        x = _held(held, x, lambda t: t if t.dtype in (q.dtype, torch.float32) else t.float())
-        made = _strided(Reals, x, 2)
-        made.narrow = x is not None and x.dtype != torch.float32
-        return made
-
-    def counts_of(x: Tensor | None) -> ctypes.Structure:
-        x = _held(held, x, lambda t: t.contiguous())
-        return Counts(None if x is None else x.data_ptr(), x is not None and x.dtype == torch.int64)
-
-    scores = None if key_bias is None else _strided(Rows, _held(held, key_bias, lambda t: t.float()), 3)
-    table = _held(held, rel, lambda t: t if t.stride(-1) == 1 else t.contiguous())
+    inner = {"q": q, "k": k, "v": v, "q_pos": q_pos, "rel": rel}  # what is read by rows
+    inner = {n: x if x is None or x.stride(-1) == 1 else x.contiguous() for n, x in inner.items()}
+    vec = _common_piece([*inner.values(), cache, out])
+    variant = choose(q.dtype, D, C, left, rel is not None, q_pos is not None, vec, limit)
+    if variant is None:
+        return None
+    rel = inner.pop("rel")
+    outer = {"bias_u": bias_u, "bias_v": bias_v, "slopes": slopes}
+    outer = {n: x if x is None or x.dtype in (q.dtype, torch.float32) else x.float() for n, x in outer.items()}
+    counts = {"slots": slots, "pos": pos, "qlen": qlen, "keep": keep}
+    counts = {n: None if x is None else x.contiguous() for n, x in counts.items()}
+    key_bias = None if key_bias is None else key_bias.float()
     args = Args(
-        **{name: rows_of(x) for name, x in (("q", q), ("k", k), ("v", v), ("q_pos", q_pos), ("out", out))},
-        key_bias=scores or Rows(),
-        ring=_strided(Ring, cache, 4),
-        rel=Table() if table is None else Table(*_place(table, 2), table.shape[1], rel_zero),
-        **{name: reals_of(x) for name, x in (("bias_u", bias_u), ("bias_v", bias_v), ("slopes", slopes))},
-        **{name: counts_of(x) for name, x in (("slots", slots), ("pos", pos), ("qlen", qlen), ("keep", keep))},
+        **{n: _rows(x) for n, x in (inner | {"out": out, "key_bias": key_bias}).items()},
+        ring=Ring(*_place(cache, 0, 1, 2, 3)),
+        ring_bias=Ring() if cache_bias is None else Ring(*_place(cache_bias, 0, 0, 1, 2)),
+        rel=Table() if rel is None else Table(*_place(rel, 0, 1), rel.shape[1], rel_zero),
+        **{n: _reals(x) for n, x in outer.items()},
+        **{n: Counts() if x is None else Counts(x.data_ptr(), x.dtype == torch.int64) for n, x in counts.items()},
         streams=B,
         frames=C,
         group=H // k.shape[2],
         W=cache.shape[3],
         chunk=chunk,
         left=left,
+        range=variant.keys_each(left, C),
         scale=scale * math.log2(math.e),
     )
-    if cache_bias is not None:
-        slot, head, frame = (step * 4 for step in cache_bias.stride())
-        args.ring_bias = Ring(cache_bias.data_ptr(), slot, 0, head, frame)
-    vec = _common_piece(q.element_size() * D, [args.q, args.k, args.v, args.q_pos, args.out, args.ring, args.rel])
-    variant = choose(q.dtype, D, C, left, rel is not None, q_pos is not None, vec, limit)
-    args.range = variant.keys_each(left, C)
+    held = [x for x in (*inner.values(), rel, *outer.values(), *counts.values(), key_bias) if x is not None]
     return Call(variant, args, (B, H, math.ceil(C / variant.rows)), variant.shared_bytes(left, C), held)
 
 
-def _held(held: list[Tensor], x: Tensor | None, change: Any) -> Tensor | None:
-    if x is not None:
-        held.append(change(x))
-        return held[-1]
-    return None
+def _rows(x: Tensor | None) -> ctypes.Structure:
+    return Rows() if x is None else Rows(*_place(x, 0, 2, 1))
 
 
-def _place(x: Tensor, dims: int) -> list[int]:
-    return [x.data_ptr(), *(step * x.element_size() for step in x.stride()[:dims])]
+def _reals(x: Tensor | None) -> ctypes.Structure:
+    if x is None:
+        return Reals()
+    return Reals(*_place(x, *((0, 1) if x.dim() == 2 else (0, 0))), x.dtype != torch.float32)
 
 
-def _strided(kind: Any, x: Tensor | None, dims: int) -> ctypes.Structure:
-    return kind() if x is None else kind(*_place(x, dims))
+def _place(x: Tensor, *dims: int) -> list[int]:
+    return [x.data_ptr(), *(x.stride(dim) * x.element_size() for dim in dims)]
 
 
-def _common_piece(row_bytes: int, places: list[ctypes.Structure]) -> int:
-    """The most bytes, 16 at most, that divide a row, every address and every stride."""
-    numbers = [getattr(p, name) or 0 for p in places for name, kind in p._fields_ if kind is not _I]
-    return math.gcd(16, row_bytes, *numbers)
+def _common_piece(tensors: list[Tensor | None]) -> int:
+    """The most bytes, 16 at most, that divide every row, address and stride."""
+    places = [number for x in tensors if x is not None for number in _place(x, *range(x.dim() - 1))]
+    return math.gcd(16, *places, *(x.shape[-1] * x.element_size() for x in tensors if x is not None))
 
 
 # ---- compilation --------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@
 // and write it at [pos, pos + C), at most left + C <= W consecutive times, which are different places of the ring.
 #include "prim.h"
 
-struct Rows { const char* at; long long batch, frame, head; };                // strides are bytes throughout
-struct Ring { char* at; long long slot, part, head, frame; };
+struct Rows { const char* at; long long batch, head; int frame; };            // strides are bytes throughout
+struct Ring { char* at; long long slot, part, head; int frame; };
 struct Table { const char* at; long long head, row; int rows, zero; };
 struct Reals { const char* at; long long head, column; long long narrow; };   // narrow: of TYPE, else float32
 struct Counts { const char* at; long long wide; };                            // wide: int64, else int32
@@ -41,18 +41,18 @@ constexpr int WARPS = ROW_WARPS * KEY_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BAND = KEYS + ROWS;  // table rows that a part's keys of one stage meet
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NOTHING = -__builtin_inff();
+#define NOTHING bits_float(0xff800000u)  // -inf
 
 constexpr unsigned VALUES = STEP * PITCH;  // within a stage, after its keys
 constexpr unsigned BANDS = 2 * VALUES;
 constexpr unsigned SCORES = BANDS + (TABLE == 2 ? KEY_WARPS * BAND * PITCH : 0);
-constexpr unsigned STAGE = SCORES + STEP * 4;
+constexpr unsigned SUMS_PITCH = (PADDED + 8) * 4;
+constexpr unsigned SUMS = WARPS * 16 * SUMS_PITCH;  // float32 [WARPS, 16, PADDED + 8], where a stage was
+constexpr unsigned STAGE = SCORES + STEP * 4 > SUMS ? SCORES + STEP * 4 : SUMS;
 constexpr unsigned QUERY = (1 + Q_POS) * ROWS * PITCH;
 constexpr unsigned QUERIES = STAGES * STAGE;
 constexpr unsigned BIASES = QUERIES + STAGES * QUERY;  // float32 [2, PADDED]
-constexpr unsigned SUMS = BIASES + 2 * PADDED * 4;     // float32 [WARPS, 16, PADDED + 8]
-constexpr unsigned SUMS_PITCH = (PADDED + 8) * 4;
-constexpr unsigned TOTALS = SUMS + WARPS * 16 * SUMS_PITCH;  // float32 [WARPS, 16, 2]: greatest score, sum of weights
+constexpr unsigned TOTALS = BIASES + 2 * PADDED * 4;   // float32 [WARPS, 16, 2]: greatest score, sum of weights
 constexpr unsigned SLAB = TOTALS + WARPS * 16 * 8;
 
 struct Stream {
@@ -103,6 +103,10 @@ DEVICE void copy_piece(unsigned to, const char* from, bool real) {
         store_shared(to, real ? load_global<Piece<VEC>>(from) : Piece<VEC>{});
 }
 
+// Copies have no result to wait for, and unrolled they hold addresses in registers that attention needs.
+#define ROLLED _Pragma("unroll 1")
+#define UNROLLED _Pragma("unroll")  // where an array must stay in registers
+
 // ---- loading ------------------------------------------------------------------------------------------------------
 
 DEVICE int key_of(const Args& a, int row, int stage) { return row / KEYS * a.range + stage * KEYS + row % KEYS; }
@@ -110,7 +114,7 @@ DEVICE int key_of(const Args& a, int row, int stage) { return row / KEYS * a.ran
 // `count` rows of the table; the first is the one that key `key` and the block's last query meet.
 DEVICE void load_table(const Args& a, unsigned to, int key, int count) {
     const int above = a.rel.zero - a.left - block_z() * ROWS - (ROWS - 1) + key;
-    for (int p = thread(); p < count * PIECES; p += THREADS) {
+    ROLLED for (int p = thread(); p < count * PIECES; p += THREADS) {
         const int row = above + p / PIECES, piece = p % PIECES * VEC;
         const bool inside = row >= 0 && row < a.rel.rows;
         const char* from = a.rel.at + block_y() * a.rel.head + (inside ? row : 0) * a.rel.row + piece;
@@ -120,16 +124,17 @@ DEVICE void load_table(const Args& a, unsigned to, int key, int count) {
 
 DEVICE void load_keys(const Args& a, const Stream& s, int stage, unsigned to) {
     const int head = block_y() / a.group;
-    for (int p = thread(); p < 2 * STEP * PIECES; p += THREADS) {
-        const int part = p / (STEP * PIECES), row = p / PIECES % STEP, piece = p % PIECES * VEC;
-        const int key = key_of(a, row, stage);
+    const char* ring = a.ring.at + s.slot * a.ring.slot + head * a.ring.head;
+    const char* k = a.k.at + s.b * a.k.batch + head * a.k.head;
+    const char* v = a.v.at + s.b * a.v.batch + head * a.v.head;
+    ROLLED for (int p = thread(); p < STEP * PIECES; p += THREADS) {
+        const int row = p / PIECES, piece = p % PIECES * VEC, key = key_of(a, row, stage);
         const bool seen = key >= s.first && key < s.last;  // else zeros: what lies there may be NaN, and 0 x NaN is NaN
-        const Rows& fresh = part ? a.v : a.k;
-        const char* from =
-            key < a.left ? a.ring.at + s.slot * a.ring.slot + part * a.ring.part + head * a.ring.head +
-                               ring_index(a, s, key) * a.ring.frame
-                         : fresh.at + s.b * fresh.batch + (key - a.left) * fresh.frame + head * fresh.head;
-        copy_piece(to + part * VALUES + row * PITCH + piece, seen ? from + piece : fresh.at, seen);
+        const bool past = key < a.left;
+        const char* each = past ? ring + (long long)ring_index(a, s, key) * a.ring.frame : k + (long long)(key - a.left) * a.k.frame;
+        const char* value = past ? each + a.ring.part : v + (long long)(key - a.left) * a.v.frame;
+        copy_piece(to + row * PITCH + piece, seen ? each + piece : a.k.at, seen);
+        copy_piece(to + VALUES + row * PITCH + piece, seen ? value + piece : a.v.at, seen);
     }
 }
 
@@ -148,7 +153,7 @@ DEVICE void load_scores(const Args& a, const Stream& s, int stage, unsigned to) 
 }
 
 DEVICE void load_queries(const Args& a, const Stream& s, unsigned to) {
-    for (int p = thread(); p < (1 + Q_POS) * ROWS * PIECES; p += THREADS) {
+    ROLLED for (int p = thread(); p < (1 + Q_POS) * ROWS * PIECES; p += THREADS) {
         const int row = p / PIECES, piece = p % PIECES * VEC, frame = block_z() * ROWS + row % ROWS;
         const Rows& q = row < ROWS ? a.q : a.q_pos;
         const bool given = frame < s.qlen;
@@ -228,7 +233,7 @@ DEVICE void mma_exact(float (&c)[4], const float (&a)[4], float b0, float b1) {
 
 DEVICE Fragment fragment(unsigned rows, unsigned bias, int column, bool) {
     Fragment f;
-    for (int k = 0; k < 2; k++) {
+    UNROLLED for (int k = 0; k < 2; k++) {
         const unsigned at = (column + 8 * k + lane() % 4 * 2) * 4;
         const Pair more = load_shared<Pair>(bias + at);
         for (int half = 0; half < 2; half++) {
@@ -241,16 +246,16 @@ DEVICE Fragment fragment(unsigned rows, unsigned bias, int column, bool) {
 
 DEVICE void multiply(float (*sums)[4], const Fragment& queries, unsigned rows, int column) {
     for (int n = 0; n < 2; n++)
-        for (int k = 0; k < 2; k++) {
+        UNROLLED for (int k = 0; k < 2; k++) {
             const Pair b = load_shared<Pair>(rows + (8 * n + lane() / 4) * PITCH + (column + 8 * k + lane() % 4 * 2) * 4);
             mma_exact(sums[n], queries.x[k], b.x, b.y);
         }
 }
 
 DEVICE void weigh(float (&out)[PADDED / 8][4], const float (&weights)[2][4], unsigned values) {
-    for (int k = 0; k < 2; k++) {
+    UNROLLED for (int k = 0; k < 2; k++) {
         const float p[4] = {weights[k][0], weights[k][2], weights[k][1], weights[k][3]};
-        for (int n = 0; n < PADDED / 8; n++) {
+        UNROLLED for (int n = 0; n < PADDED / 8; n++) {
             const unsigned at = values + (8 * k + lane() % 4 * 2) * PITCH + (8 * n + lane() / 4) * 4;
             mma_exact(out[n], p, load_shared<float>(at), load_shared<float>(at + PITCH));
         }
@@ -317,11 +322,11 @@ DEVICE void begin(const Args& a, const Stream& s, Warp& w, unsigned queries) {
 
 DEVICE void multiply_all(const Args& a, const Warp& w, float (*sums)[4], unsigned rows, bool positions) {
     for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = 0.f;
-    for (int n = 0; n < PADDED / 16; n++)
+    UNROLLED for (int n = 0; n < PADDED / 16; n++)
         if constexpr (KEPT)
             multiply(sums, positions ? w.p[TABLE ? n : 0] : w.q[n], rows, 16 * n);
         else
-            multiply(sums, positions ? fragment(w.positions, BIASES + PADDED * 4, 16 * n, true) : fragment(w.queries, BIASES, 16 * n, true), rows, 16 * n);
+            multiply(sums, fragment(positions ? w.positions : w.queries, positions ? BIASES + PADDED * 4 : BIASES, 16 * n, true), rows, 16 * n);
 }
 
 // Sixteen keys: scores, softmax so far, values.
@@ -381,7 +386,7 @@ DEVICE void attend_stage(const Args& a, const Stream& s, Warp& w, int stage, uns
 DEVICE void append(const Args& a, const Stream& s, int stage, unsigned from) {
     const int head = block_y() / a.group;
     const bool first = block_y() % a.group == 0;  // of the heads that share these keys
-    for (int p = thread(); first && p < 2 * STEP * PIECES; p += THREADS) {
+    ROLLED for (int p = thread(); first && p < 2 * STEP * PIECES; p += THREADS) {
         const int part = p / (STEP * PIECES), row = p / PIECES % STEP, piece = p % PIECES * VEC;
         const int key = key_of(a, row, stage);
         if (key < a.left || key >= a.left + s.keep) continue;
@@ -400,7 +405,7 @@ DEVICE void append(const Args& a, const Stream& s, int stage, unsigned from) {
 
 // ---- parts of one stream together -----------------------------------------------------------------------------------------
 
-DEVICE void hand_in(Warp& w, int warp) {
+DEVICE void hand_in(const Warp& w, int warp, unsigned sums) {
     for (int half = 0; half < 2; half++) {
         float total = w.total[half];
         total += shuffle_xor(total, 1);
@@ -408,11 +413,11 @@ DEVICE void hand_in(Warp& w, int warp) {
         const int row = warp * 16 + lane() / 4 + 8 * half;
         if (lane() % 4 == 0) store_shared(TOTALS + row * 8, Pair{w.greatest[half], total});
         for (int n = 0; n < PADDED / 8; n++)
-            store_shared(SUMS + row * SUMS_PITCH + (8 * n + lane() % 4 * 2) * 4, Pair{w.out[n][2 * half], w.out[n][2 * half + 1]});
+            store_shared(sums + row * SUMS_PITCH + (8 * n + lane() % 4 * 2) * 4, Pair{w.out[n][2 * half], w.out[n][2 * half + 1]});
     }
 }
 
-DEVICE void write_out(const Args& a, const Stream& s) {
+DEVICE void write_out(const Args& a, const Stream& s, unsigned from) {
     constexpr int EACH = VEC / SIZE;
     for (int p = thread(); p < ROWS * PIECES; p += THREADS) {
         const int row = p / PIECES, column = p % PIECES * EACH, frame = block_z() * ROWS + row;
@@ -425,7 +430,7 @@ DEVICE void write_out(const Args& a, const Stream& s) {
             const float weight = each.x == NOTHING ? 0.f : exp2_of(each.x - top);
             total += weight * each.y;
             for (int e = 0; e < EACH; e++)
-                sums[e] += weight * load_shared<float>(SUMS + (part * ROWS + row) * SUMS_PITCH + (column + e) * 4);
+                sums[e] += weight * load_shared<float>(from + (part * ROWS + row) * SUMS_PITCH + (column + e) * 4);
         }
         const float share = frame < s.qlen && total != 0.f ? 1.f / total : 0.f;
         char* to = const_cast<char*>(a.out.at) + s.b * a.out.batch + frame * a.out.frame + block_y() * a.out.head + p % PIECES * VEC;
@@ -482,8 +487,10 @@ KERNEL(THREADS) stream_attn(const Args a) {
             if (block_z() == 0) append(a, s, stage, here * STAGE);
             attend_stage(a, s, w, stage, here * STAGE);
         }
-        hand_in(w, warp);
+        const unsigned sums = (here + STAGES - 1) % STAGES * STAGE;  // of the last stage, the next to be loaded into
+        barrier();  // all are done with it
+        hand_in(w, warp, sums);
         barrier();
-        write_out(a, s);
+        write_out(a, s, sums);
     }
 }
