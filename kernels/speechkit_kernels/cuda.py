@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import inspect
+import importlib
 import math
 import os
 import tempfile
@@ -25,6 +25,8 @@ from torch import Tensor
 from speechkit_kernels import plain
 
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
+CHECKED: dict[str, Any] = dict.fromkeys(("keep", "q_pos", "rel"))  # options that check_attention takes, in its order
+CHECKED |= {"rel_zero": 0, "cache_bias": None, "key_bias": None, "chunk": 0, "left": 0}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDEST = 128
 RESERVED = 1024  # bytes of shared memory that a block costs beside what it asks for
@@ -76,8 +78,8 @@ def choose(
 ) -> Variant | None:
     """The variant of a call, or None where not even the smallest fits ``limit`` bytes of shared memory.
 
-    First the fewest passes over the keys, then the most warps on a processor (8 keep its memory busy), then a table that
-    stays, then long stages. Nothing here changes with the load, so a stream gives the same bits whoever else is served.
+    First the fewest passes over the keys, then the most warps on a processor (8 keep its memory busy), then a table
+    that stays, then long stages. Nothing here changes with the load, so a stream gives the same bits whoever else is served.
     """
     sizes = [
         Variant(TYPES[dtype], width, row_warps, key_warps, keys, table, int(q_pos and rel), vec)
@@ -133,17 +135,6 @@ class Call:
     held: list[Tensor]
 
 
-def unsupported(q: Tensor, cache: Tensor, cache_bias: Tensor | None = None) -> str | None:
-    """Why the kernel leaves a call to plain PyTorch, or None."""
-    if q.dtype not in TYPES:
-        return f"the kernel computes in {', '.join(map(str, TYPES))}, but q is {q.dtype}"
-    if q.shape[3] > WIDEST:
-        return f"the kernel serves heads up to {WIDEST} wide, but q's are {q.shape[3]}"
-    if cache.stride(4) != 1:
-        return f"the kernel needs the last dimension of cache to be contiguous, but its stride is {cache.stride(4)}"
-    return None
-
-
 def describe(
     q: Tensor,
     k: Tensor,
@@ -167,11 +158,16 @@ def describe(
     chunk: int = 0,
     left: int,
     scale: float,
-
-) -> Call | None:
-    """Variant and arguments for a GPU with ``limit`` bytes of shared memory a block, from shapes and strides alone; None
-    where no variant fits."""
+) -> Call | str:
+    """Variant and arguments for a GPU with ``limit`` bytes of shared memory a block, from shapes and strides alone; or
+    why the kernel leaves such a call to plain PyTorch."""
     B, C, H, D = q.shape
+    if q.dtype not in TYPES:
+        return f"the kernel computes in {', '.join(map(str, TYPES))}, but q is {q.dtype}"
+    if D > WIDEST:
+        return f"the kernel serves heads up to {WIDEST} wide, but q's are {D}"
+    if cache.stride(4) != 1:
+        return f"the kernel needs the last dimension of cache to be contiguous, but its stride is {cache.stride(4)}"
     if rel is None:
         q_pos = bias_v = None
     inner = {"q": q, "k": k, "v": v, "q_pos": q_pos, "rel": rel}  # what is read by rows
@@ -179,7 +175,7 @@ def describe(
     vec = _common_piece([*inner.values(), cache, out])
     variant = choose(q.dtype, D, C, left, rel is not None, q_pos is not None, vec, limit)
     if variant is None:
-        return None
+        return f"a block of the kernel has {limit} bytes of shared memory, too few for {q.dtype} and heads {D} wide"
     rel = inner.pop("rel")
     outer = {"bias_u": bias_u, "bias_v": bias_v, "slopes": slopes}
     outer = {n: x if x is None or x.dtype in (q.dtype, torch.float32) else x.float() for n, x in outer.items()}
@@ -253,7 +249,9 @@ def compile_variant(variant: Variant, arch: int) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytes(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))[0])
         _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"stream_attn: NVRTC must compile the kernel for sm_{arch}, but says: {log.decode().strip()}")
+        raise RuntimeError(
+            f"stream_attn: NVRTC must compile the kernel for sm_{arch}, but says: {log.decode().strip(chr(0)).strip()}"
+        )
     cubin = bytes(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))[0])
     _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc, nvrtc.nvrtcDestroyProgram(program))
@@ -274,12 +272,11 @@ def _write(path: Path, content: bytes) -> None:
 
 def _bindings(name: str) -> Any:
     try:
-        import importlib
-
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise RuntimeError(
-            f"stream_attn: the CUDA kernel needs the package cuda-bindings, but it cannot be imported ({error}); install the CUDA build of torch."
+            f"stream_attn: the CUDA kernel needs the package cuda-bindings, but it cannot be imported ({error}); "
+            f"install the CUDA build of torch."
         ) from error
 
 
@@ -296,6 +293,7 @@ def _checked(module: Any, answer: tuple[Any, ...]) -> tuple[Any, ...]:
 @dataclass(frozen=True)
 class Loaded:
     function: Any
+    context: Any  # torch's own: a thread in which torch has done nothing yet has none
     blocks: int  # that the device runs at a time
 
 
@@ -332,50 +330,54 @@ def _loaded(variant: Variant, shared_bytes: int, device: int) -> Loaded:
         )
     driver = _bindings("driver")
     major, minor = torch.cuda.get_device_capability(device)
-    torch.cuda.current_stream()  # torch's context is current from here on
+    context = _checked(driver, driver.cuDevicePrimaryCtxRetain(device))[0]
+    _checked(driver, driver.cuCtxSetCurrent(context))
     module = _checked(driver, driver.cuModuleLoadData(compile_variant(variant, 10 * major + minor)))[0]
     function = _checked(driver, driver.cuModuleGetFunction(module, b"stream_attn"))[0]
     dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver, driver.cuFuncSetAttribute(function, dynamic, shared_bytes))
     each = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, variant.threads, shared_bytes)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Loaded(function, _checked(driver, each)[0] * processors)
+    return Loaded(function, context, _checked(driver, each)[0] * processors)
 
 
-def stream_attn(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any) -> Tensor:
+def stream_attn(
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any
+) -> Tensor:
     """As `plain.stream_attn`, on the current stream of the device of ``q``.
 
     Raises:
         ValueError: as there.
         RuntimeError: during capture, where the variant was not loaded before.
     """
-    device = q.device.index
-    if reason(device) or unsupported(q, cache):
-        return plain.stream_attn(q, k, v, cache, slots, pos, qlen, **options)
-    _check(q, k, v, cache, slots, pos, qlen, **options)
+    tensors = (q, k, v, cache, slots, pos, qlen)
+    plain.check_attention(*tensors, *(options.get(name, default) for name, default in CHECKED.items()))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    with torch.cuda.device(device):
-        call = describe(q, k, v, cache, slots, pos, qlen, out=out, limit=_limit(device), **options)
-        _launch(call, _loaded(call.variant, call.shared_bytes, device), torch.cuda.current_stream().cuda_stream)
+    with torch.cuda.device(q.device):
+        loaded = _ready(tensors, out, options)
+        if loaded is None:
+            return plain.stream_attn(*tensors, **options)
+        _launch(*loaded, torch.cuda.current_stream().cuda_stream)
     return out
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any) -> None:
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any
+) -> None:
     """Compile and load what a call with such arguments needs, without running it."""
-    device = q.device.index
-    if reason(device) or unsupported(q, cache):
-        return
-    with torch.cuda.device(device):
-        call = describe(q, k, v, cache, slots, pos, qlen, out=torch.empty_like(q), limit=_limit(device), **options)
-        _loaded(call.variant, call.shared_bytes, device)
+    with torch.cuda.device(q.device):
+        _ready((q, k, v, cache, slots, pos, qlen), torch.empty_like(q), options)
 
 
-def _check(q: Tensor, *tensors: Tensor, **options: Any) -> None:
-    parameters = inspect.signature(plain.check_attention).parameters
-    bound = dict(zip(parameters, (q, *tensors), strict=False)) | options
-    plain.check_attention(**{name: bound.get(name, 0 if name in ("rel_zero", "chunk") else None) for name in parameters})
+def _ready(tensors: tuple[Tensor, ...], out: Tensor, options: dict[str, Any]) -> tuple[Call, Loaded] | None:
+    """None where plain PyTorch serves the call."""
+    device = out.device.index
+    if reason(device):
+        return None
+    call = describe(*tensors, out=out, limit=_limit(device), **options)
+    return None if isinstance(call, str) else (call, _loaded(call.variant, call.shared_bytes, device))
 
 
 def _launch(call: Call, loaded: Loaded, stream: int) -> None:
@@ -384,11 +386,14 @@ def _launch(call: Call, loaded: Loaded, stream: int) -> None:
     streams, heads, strips = call.grid
     turns = math.ceil(streams / max(1, loaded.blocks // (heads * strips)))
     grid = (math.ceil(streams / turns), heads, strips)
+    _checked(driver, driver.cuCtxSetCurrent(loaded.context))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call.args))
     threads = (call.variant.threads, 1, 1)
     _checked(
         driver,
-        driver.cuLaunchKernel(loaded.function, *grid, *threads, call.shared_bytes, stream, ctypes.addressof(pointers), 0),
+        driver.cuLaunchKernel(
+            loaded.function, *grid, *threads, call.shared_bytes, stream, ctypes.addressof(pointers), 0
+        ),
     )
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from speechkit_kernels import plain
+from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # relative Frobenius error
 NAN = float("nan")
@@ -47,7 +46,7 @@ CASES = [
          rows=((64, 7, 7), (0, 7, 5), (6, 3, 3)), wide=True),
     case("own position query without biases", "rel q_pos", frames=7, left=20, rows=((64, 7, 7), (3, 7, 7)), wide=True),
     case("fp16, twenty frames", dtype=F16, frames=20, left=50, rows=((51, 20, 20), (7, 13, 4), (0, 20, 20))),
-    case("fp16, no positions, nothing remembered", "bias_u", dtype=F16, left=0, frames=16, rows=((32, 16, 16), (0, 9, 9))),
+    case("fp16, no positions, nothing remembered", "bias_u", dtype=F16, left=0, rows=((32, 16, 16), (0, 9, 9))),
     case("33 frames in three chunks", frames=33, left=22, chunk=11,
          rows=((44, 33, 33), (0, 33, 22), (11, 20, 20), (22, 3, 1))),
     case("64 frames in chunks of one", "rel", frames=64, left=30, chunk=1, heads=1, key_heads=1,
@@ -60,7 +59,8 @@ CASES = [
     case("float32", dtype=F32, left=40, rows=((100, 16, 16), (3, 11, 7))),
     case("float32, width 128, twenty frames", "rel q_pos bias_v", dtype=F32, width=128, frames=20, left=20, heads=1,
          key_heads=1, rows=((100, 20, 20), (3, 11, 7))),
-    case("float32, width 16, without positions", "slopes", dtype=F32, width=16, frames=5, left=9, rows=((9, 5, 5), (2, 1, 1))),
+    case("float32, width 16, without positions", "slopes", dtype=F32, width=16, frames=5, left=9,
+         rows=((9, 5, 5), (2, 1, 1))),
     case("bf16, width 128", width=128, frames=16, left=100, heads=1, key_heads=1),
     case("width 36", width=36, left=30, rows=((42, 16, 16), (1, 16, 3))),
     case("width 49, odd rows", width=49, left=30, rows=((42, 16, 16), (1, 16, 3))),
@@ -150,4 +150,3 @@ def alone(made: dict[str, Any], b: int) -> dict[str, Any]:
 def later(made: dict[str, Any], turns: int) -> dict[str, Any]:
     """The same call after the ring went round ``turns`` times more."""
     return made | {"pos": made["pos"].long() + turns * made["cache"].shape[3]}
-

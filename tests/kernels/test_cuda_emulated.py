@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import CASES, Case, alone, answer, build, case, check, later
-from torch import Tensor
-
 from speechkit_kernels import cuda
+from torch import Tensor
 
 SOURCES = Path(cuda.__file__).parent / "csrc"
 COMPILER = shutil.which("g++")
@@ -47,8 +46,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
             (folder / "stream_attn.cu").write_text(text)
             shutil.copy(SOURCES / "emu" / "stream_attn_emu.cpp", folder)
             subprocess.run(
-                [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{SOURCES / 'emu'}", f"-I{SOURCES / 'cuda'}",
-                 *variant.defines(), str(folder / "stream_attn_emu.cpp"), "-o", str(folder / "emulated.so")],
+                [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *variant.defines(),
+                 f"-I{SOURCES / 'emu'}", f"-I{SOURCES / 'cuda'}", str(folder / "stream_attn_emu.cpp"), "-o", str(folder / "emulated.so")],
                 check=True,
             )  # fmt: skip
             made[variant, bug] = ctypes.CDLL(str(folder / "emulated.so"))
@@ -62,7 +61,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
 def run(compiled: Callable[..., ctypes.CDLL]) -> Run:
     """Runs a call; its ``cache`` is changed in place, as everywhere."""
 
-    def run(made: dict[str, Any], seed: int = 0, limit: int = HOPPER, blocks: int = 2, bug: tuple[str, str] | None = None) -> Tensor:
+    def run(
+        made: dict[str, Any], seed: int = 0, limit: int = HOPPER, blocks: int = 2, bug: tuple[str, str] | None = None
+    ) -> Tensor:
         out = torch.full_like(made["q"], float("nan"))
         call = cuda.describe(**made, out=out, limit=limit)
         kept = [(x, name in ("cache", "cache_bias")) for name, x in made.items() if isinstance(x, Tensor)]
@@ -133,7 +134,7 @@ BUGS = {
     "no barrier in the loop": ("            barrier();  // this stage", "            // this stage"),
     "a stage is loaded before the barrier": (
         "            copy_wait<STAGES - 2>();\n            barrier();",
-        "            load_next();\n            copy_wait<STAGES - 1>();\n            barrier();\n            if (false)",
+        "            load_next();\n            copy_wait<STAGES - 1>();\n            barrier();\nif (false)",
     ),
     "the band is not carried": (
         "w.band[j / 4][j % 4] = band[2 + j / 4][j % 4];",
@@ -145,12 +146,18 @@ BUGS = {
         "load_table(a, SLAB, 0, (a.left + a.frames + 15) / 16 * 16 + ROWS)",
         "load_table(a, SLAB, 0, (a.left + a.frames + 15) / 16 * 16 + ROWS - 16)",
     ),
-    "unseen values are not zeros": ("seen ? from + piece : fresh.at, seen", "key < a.left ? from + piece : fresh.at, true"),
-    "parts meet without a barrier": ("        hand_in(w, warp, sums);\n        barrier();", "        hand_in(w, warp, sums);"),
+    "unseen values are not zeros": ("seen ? value + piece : a.v.at, seen", "past ? value + piece : a.v.at, true"),
+    "parts meet without a barrier": (
+        "        hand_in(w, warp, sums);\n        barrier();",
+        "        hand_in(w, warp, sums);",
+    ),
     "sums are written over values in use": ("        barrier();  // all are done with it", ""),
     "every new frame is kept": ("a.keep.at ? least((int)count(a.keep, b), s.qlen) : s.qlen", "s.qlen"),
     "the ring is not closed": ("at < a.W ? at : at - a.W", "at"),
-    "heads share a ring that are not of one group": ("const int head = block_y() / a.group;\n    const bool first", "const int head = 0;\n    const bool first"),
+    "heads share a ring that are not of one group": (
+        "const int head = block_y() / a.group;\n    const bool first",
+        "const int head = 0;\n    const bool first",
+    ),
 }
 
 

@@ -9,13 +9,9 @@
 #define SPEECHKIT_PRIM
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
-#include <functional>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -37,18 +33,22 @@ struct Thread {
 };
 struct Warp { const char* name; std::vector<void*> lanes; int arrived = 0; };
 
-inline std::mt19937 dice;
+inline uint64_t dice;
 inline std::vector<Range> ranges;
 inline std::vector<char> shared;
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline ucontext_t scheduler;
 inline std::string trouble;
-inline std::function<void()> body;
+inline void (*kernel)(const void*);
+inline const void* arguments;
 inline int current, waiting, block[3], blocks[3];
 inline bool early;  // copies land at once rather than at their wait
 
-inline int roll(int sides) { return int(dice() % unsigned(sides)); }
+inline int roll(int sides) {
+    dice = dice * 6364136223846793005u + 1442695040888963407u;
+    return int((dice >> 33) % unsigned(sides));
+}
 inline void rest() { swapcontext(&threads[current].context, &scheduler); }
 [[noreturn]] inline void fail(const std::string& what) {
     if (trouble.empty())
@@ -100,7 +100,7 @@ template <int FORMAT> uint16_t float_narrow(float x) {
 }
 
 inline void enter() {
-    body();
+    kernel(arguments);
     threads[current].done = true;
     for (;;) rest();
 }
@@ -152,19 +152,18 @@ inline void run_block(int count, int shared_bytes) {
 }
 
 // All blocks of a launch in an order drawn from the seed; what went wrong, or an empty string.
-inline const char* launch(const std::function<void()>& kernel, const int* grid, int threads, int shared_bytes,
+inline const char* launch(void (*text)(const void*), const void* args, const int* grid, int threads, int shared_bytes,
                           unsigned seed, const Range* tensors, int count) {
-    dice.seed(seed);
+    dice = seed * 0x9e3779b97f4a7c15u + 1;
     trouble.clear();
-    body = kernel;
+    kernel = text, arguments = args;
     ranges.assign(tensors, tensors + count);
     std::vector<int> order(grid[0] * grid[1] * grid[2]);
-    for (size_t i = 0; i < order.size(); i++) order[i] = int(i);
-    std::shuffle(order.begin(), order.end(), dice);
+    for (int i = 0; i < int(order.size()); i++) order[i] = i, std::swap(order[i], order[roll(i + 1)]);
     for (int d = 0; d < 3; d++) blocks[d] = grid[d];
     for (int i : order) {
         block[0] = i % grid[0], block[1] = i / grid[0] % grid[1], block[2] = i / grid[0] / grid[1];
-        run_block(threads, shared_bytes);
+        if (trouble.empty()) run_block(threads, shared_bytes);
     }
     return trouble.c_str();
 }

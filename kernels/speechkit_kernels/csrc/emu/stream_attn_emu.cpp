@@ -4,5 +4,5 @@
 
 extern "C" const char* stream_attn_emulated(const Args* args, const int* grid, int shared_bytes, unsigned seed,
                                             const emu::Range* tensors, int count) {
-    return emu::launch([args] { stream_attn(*args); }, grid, THREADS, shared_bytes, seed, tensors, count);
+    return emu::launch([](const void* args) { stream_attn(*static_cast<const Args*>(args)); }, args, grid, THREADS, shared_bytes, seed, tensors, count);
 }
