@@ -79,7 +79,7 @@ def choose(
     """The variant of a call, or None where not even the smallest fits ``limit`` bytes of shared memory.
 
     First the fewest passes over the keys, then the most warps on a processor (8 keep its memory busy), then a table
-    that stays, then long stages. Nothing here changes with the load, so a stream gives the same bits whoever else is served.
+    that stays, then long stages. None of it changes with the load: a stream gives the same bits whoever else is there.
     """
     sizes = [
         Variant(TYPES[dtype], width, row_warps, key_warps, keys, table, int(q_pos and rel), vec)
@@ -318,7 +318,8 @@ def reason(device: int = 0) -> str | None:
 
 @functools.cache
 def _limit(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
 
 
 @functools.cache

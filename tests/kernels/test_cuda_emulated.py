@@ -47,7 +47,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
             shutil.copy(SOURCES / "emu" / "stream_attn_emu.cpp", folder)
             subprocess.run(
                 [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *variant.defines(),
-                 f"-I{SOURCES / 'emu'}", f"-I{SOURCES / 'cuda'}", str(folder / "stream_attn_emu.cpp"), "-o", str(folder / "emulated.so")],
+                 f"-I{SOURCES / 'emu'}", f"-I{SOURCES / 'cuda'}",
+                 str(folder / "stream_attn_emu.cpp"), "-o", str(folder / "emulated.so")],
                 check=True,
             )  # fmt: skip
             made[variant, bug] = ctypes.CDLL(str(folder / "emulated.so"))
