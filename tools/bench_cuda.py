@@ -160,9 +160,8 @@ def table(sizes: tuple[tuple[int, int, int], ...], speed: float, device: str, ro
         floor = layer.bytes() / speed
         for name, (low, middle, high) in quartiles(steps, rounds, 5).items():
             error = errors[name.removesuffix(", graph")]
-            print(
-                f"| {streams} | {frames} | {left} | {name} | {middle:.1f} | {low:.1f} to {high:.1f} | {floor / middle:.0%} | {error:.1e} |"
-            )
+            cells = (streams, frames, left, name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{floor / middle:.0%}")
+            print("|", " | ".join(map(str, cells)), f"| {error:.1e} |")
 
 
 def launches(device: str) -> None:

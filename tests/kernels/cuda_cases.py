@@ -62,8 +62,8 @@ CASES = [
     case("float32, width 16, without positions", "slopes", dtype=F32, width=16, frames=5, left=9,
          rows=((9, 5, 5), (2, 1, 1))),
     case("bf16, width 128", width=128, frames=16, left=100, heads=1, key_heads=1),
-    case("width 36", width=36, left=30, rows=((42, 16, 16), (1, 16, 3))),
-    case("width 49, odd rows", width=49, left=30, rows=((42, 16, 16), (1, 16, 3))),
+    case("width 36", width=36, left=30, rows=((42, 16, 16), (1, 16, 3)) * 3),
+    case("width 49, odd rows", width=49, left=30, rows=((42, 16, 16), (1, 16, 3)) * 3),
     case("rows that are not aligned", width=32, left=30, offset=1, rows=((42, 16, 16), (1, 16, 3))),
 ]  # fmt: skip
 

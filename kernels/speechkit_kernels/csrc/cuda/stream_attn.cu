@@ -34,7 +34,8 @@ struct Args {
 constexpr int SIZE = TYPE == 0 ? 4 : 2;
 constexpr int PADDED = (WIDTH + 15) / 16 * 16;
 constexpr int PITCH = (PADDED * SIZE / 16 | 1) * 16;  // an odd number of 16 bytes: eight rows of a matrix hit all banks
-constexpr int PIECES = WIDTH * SIZE / VEC;
+constexpr int PIECES = WIDTH * SIZE / VEC;   // of a row in global memory
+constexpr int FILLED = PADDED * SIZE / VEC;  // of a row in shared memory: the rest is zeros
 constexpr int ROWS = 16 * ROW_WARPS;
 constexpr int STEP = KEY_WARPS * KEYS;
 constexpr int WARPS = ROW_WARPS * KEY_WARPS;
@@ -114,11 +115,11 @@ DEVICE int key_of(const Args& a, int row, int stage) { return row / KEYS * a.ran
 // `count` rows of the table; the first is the one that key `key` and the block's last query meet.
 DEVICE void load_table(const Args& a, unsigned to, int key, int count) {
     const int above = a.rel.zero - a.left - block_z() * ROWS - (ROWS - 1) + key;
-    ROLLED for (int p = thread(); p < count * PIECES; p += THREADS) {
-        const int row = above + p / PIECES, piece = p % PIECES * VEC;
-        const bool inside = row >= 0 && row < a.rel.rows;
-        const char* from = a.rel.at + block_y() * a.rel.head + (inside ? row : 0) * a.rel.row + piece;
-        copy_piece(to + p / PIECES * PITCH + piece, from, inside);
+    ROLLED for (int p = thread(); p < count * FILLED; p += THREADS) {
+        const int row = above + p / FILLED, piece = p % FILLED;
+        const bool inside = row >= 0 && row < a.rel.rows && piece < PIECES;
+        const char* from = a.rel.at + block_y() * a.rel.head + row * a.rel.row + piece * VEC;
+        copy_piece(to + p / FILLED * PITCH + piece * VEC, inside ? from : a.rel.at, inside);
     }
 }
 
@@ -127,14 +128,16 @@ DEVICE void load_keys(const Args& a, const Stream& s, int stage, unsigned to) {
     const char* ring = a.ring.at + s.slot * a.ring.slot + head * a.ring.head;
     const char* k = a.k.at + s.b * a.k.batch + head * a.k.head;
     const char* v = a.v.at + s.b * a.v.batch + head * a.v.head;
-    ROLLED for (int p = thread(); p < STEP * PIECES; p += THREADS) {
-        const int row = p / PIECES, piece = p % PIECES * VEC, key = key_of(a, row, stage);
-        const bool seen = key >= s.first && key < s.last;  // else zeros: what lies there may be NaN, and 0 x NaN is NaN
-        const bool past = key < a.left;
-        const char* each = past ? ring + (long long)ring_index(a, s, key) * a.ring.frame : k + (long long)(key - a.left) * a.k.frame;
-        const char* value = past ? each + a.ring.part : v + (long long)(key - a.left) * a.v.frame;
-        copy_piece(to + row * PITCH + piece, seen ? each + piece : a.k.at, seen);
-        copy_piece(to + VALUES + row * PITCH + piece, seen ? value + piece : a.v.at, seen);
+    ROLLED for (int p = thread(); p < STEP * FILLED; p += THREADS) {
+        const int row = p / FILLED, piece = p % FILLED, key = key_of(a, row, stage), frame = key - a.left;
+        const bool past = frame < 0;
+        // What nobody sees is zeros: it may be NaN where it lies, and 0 x NaN is NaN.
+        const bool seen = key >= s.first && key < s.last && piece < PIECES;
+        const char* each = past ? ring + (long long)ring_index(a, s, key) * a.ring.frame : k + (long long)frame * a.k.frame;
+        const char* value = past ? each + a.ring.part : v + (long long)frame * a.v.frame;
+        const unsigned at = to + row * PITCH + piece * VEC;
+        copy_piece(at, seen ? each + piece * VEC : a.k.at, seen);
+        copy_piece(at + VALUES, seen ? value + piece * VEC : a.v.at, seen);
     }
 }
 
@@ -153,22 +156,17 @@ DEVICE void load_scores(const Args& a, const Stream& s, int stage, unsigned to) 
 }
 
 DEVICE void load_queries(const Args& a, const Stream& s, unsigned to) {
-    ROLLED for (int p = thread(); p < (1 + Q_POS) * ROWS * PIECES; p += THREADS) {
-        const int row = p / PIECES, piece = p % PIECES * VEC, frame = block_z() * ROWS + row % ROWS;
+    ROLLED for (int p = thread(); p < (1 + Q_POS) * ROWS * FILLED; p += THREADS) {
+        const int row = p / FILLED, piece = p % FILLED, frame = block_z() * ROWS + row % ROWS;
         const Rows& q = row < ROWS ? a.q : a.q_pos;
-        const bool given = frame < s.qlen;
-        const char* from = q.at + s.b * q.batch + (given ? frame : 0) * q.frame + block_y() * q.head + piece;
-        copy_piece(to + row * PITCH + piece, from, given);
+        const bool given = frame < s.qlen && piece < PIECES;
+        const char* from = q.at + s.b * q.batch + (long long)frame * q.frame + block_y() * q.head + piece * VEC;
+        copy_piece(to + row * PITCH + piece * VEC, given ? from : q.at, given);
     }
 }
 
-// What the launch keeps: the biases of this head, the slab of its table; zeros where rows are padded.
+// What the launch keeps: the biases of this head, the slab of its table.
 DEVICE void load_head(const Args& a) {
-    if constexpr (PADDED > WIDTH) {
-        const unsigned end = SLAB + (TABLE == 1 ? (a.left + a.frames + 15) / 16 * 16 + ROWS : 0) * PITCH;
-        for (unsigned at = thread() * 16; at < end; at += THREADS * 16) store_shared(at, Piece<16>{});
-        barrier();
-    }
     for (int x = thread(); x < 2 * PADDED; x += THREADS) {
         const Reals& bias = x < PADDED ? a.bias_u : a.bias_v;
         const int column = x % PADDED;
