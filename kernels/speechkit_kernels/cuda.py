@@ -73,6 +73,7 @@ class Variant:
         return self.STAGES * (stage + query) + 8 * padded + 128 * warps + slab
 
 
+@functools.cache
 def choose(
     dtype: torch.dtype, width: int, frames: int, left: int, rel: bool, q_pos: bool, vec: int, limit: int
 ) -> Variant | None:
@@ -213,7 +214,8 @@ def _reals(x: Tensor | None) -> ctypes.Structure:
 
 
 def _place(x: Tensor, *dims: int) -> list[int]:
-    return [x.data_ptr(), *(x.stride(dim) * x.element_size() for dim in dims)]
+    size, strides = x.element_size(), x.stride()
+    return [x.data_ptr(), *[strides[dim] * size for dim in dims]]
 
 
 def _common_piece(tensors: list[Tensor | None]) -> int:
@@ -352,15 +354,17 @@ def stream_attn(
         RuntimeError: during capture, where the variant was not loaded before.
     """
     tensors = (q, k, v, cache, slots, pos, qlen)
+    if reason(q.device.index):
+        return plain.stream_attn(*tensors, **options)
     plain.check_attention(*tensors, *(options.get(name, default) for name, default in CHECKED.items()))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
     with torch.cuda.device(q.device):
-        loaded = _ready(tensors, out, options)
-        if loaded is None:
+        call = describe(*tensors, out=out, limit=_limit(q.device.index), **options)
+        if isinstance(call, str):
             return plain.stream_attn(*tensors, **options)
-        _launch(*loaded, torch.cuda.current_stream().cuda_stream)
+        _launch(call, _loaded(call.variant, call.shared_bytes, q.device.index), torch.cuda.current_stream().cuda_stream)
     return out
 
 
@@ -368,17 +372,13 @@ def prepare(
     q: Tensor, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor, pos: Tensor, qlen: Tensor, **options: Any
 ) -> None:
     """Compile and load what a call with such arguments needs, without running it."""
+    if reason(q.device.index):
+        return
     with torch.cuda.device(q.device):
-        _ready((q, k, v, cache, slots, pos, qlen), torch.empty_like(q), options)
-
-
-def _ready(tensors: tuple[Tensor, ...], out: Tensor, options: dict[str, Any]) -> tuple[Call, Loaded] | None:
-    """None where plain PyTorch serves the call."""
-    device = out.device.index
-    if reason(device):
-        return None
-    call = describe(*tensors, out=out, limit=_limit(device), **options)
-    return None if isinstance(call, str) else (call, _loaded(call.variant, call.shared_bytes, device))
+        limit, out = _limit(q.device.index), torch.empty_like(q, memory_format=torch.contiguous_format)
+        call = describe(q, k, v, cache, slots, pos, qlen, out=out, limit=limit, **options)
+        if isinstance(call, Call):
+            _loaded(call.variant, call.shared_bytes, q.device.index)
 
 
 def _launch(call: Call, loaded: Loaded, stream: int) -> None:

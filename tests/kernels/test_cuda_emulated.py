@@ -63,18 +63,24 @@ def run(compiled: Callable[..., ctypes.CDLL]) -> Run:
     """Runs a call; its ``cache`` is changed in place, as everywhere."""
 
     def run(
-        made: dict[str, Any], seed: int = 0, limit: int = HOPPER, blocks: int = 2, bug: tuple[str, str] | None = None
+        made: dict[str, Any],
+        seed: int = 0,
+        limit: int = HOPPER,
+        blocks: int = 2,
+        stages: int = 2,
+        bug: tuple[str, str] | None = None,
     ) -> Tensor:
         out = torch.full_like(made["q"], float("nan"))
         call = cuda.describe(**made, out=out, limit=limit)
+        assert isinstance(call, cuda.Call)
+        variant = replace(call.variant, STAGES=stages)
+        shared_bytes = variant.shared_bytes(made["left"], made["q"].shape[1])
         kept = [(x, name in ("cache", "cache_bias")) for name, x in made.items() if isinstance(x, Tensor)]
         kept += [(out, True), *((x, False) for x in call.held)]
         ranges = (Range * len(kept))(*(Range(x.data_ptr(), x.numel() * x.element_size(), w) for x, w in kept))
         grid = (ctypes.c_int * 3)(min(blocks, call.grid[0]), *call.grid[1:])
-        library = compiled(call.variant, bug)
-        trouble = library.stream_attn_emulated(
-            ctypes.byref(call.args), grid, call.shared_bytes, seed, ranges, len(kept)
-        )
+        library = compiled(variant, bug)
+        trouble = library.stream_attn_emulated(ctypes.byref(call.args), grid, shared_bytes, seed, ranges, len(kept))
         if trouble:
             raise RuntimeError(trouble.decode())
         return out
@@ -102,7 +108,8 @@ def test_the_kernel_equals_plain_pytorch(case: Case, run: Run) -> None:
 def test_a_table_too_long_for_shared_memory_comes_with_the_keys(case: Case, run: Run) -> None:
     made = build(case)
     expected, exact = answer(made)
-    assert cuda.describe(**made, out=torch.empty_like(made["q"]), limit=SMALL).variant.TABLE == 2
+    call = cuda.describe(**made, out=torch.empty_like(made["q"]), limit=SMALL)
+    assert isinstance(call, cuda.Call) and call.variant.TABLE == 2
     check(case, run(made, limit=SMALL), made, expected, exact)
 
 
@@ -121,6 +128,23 @@ def test_warps_may_drift_as_they_like(seed: int, run: Run) -> None:
     made = build(CASES[0])
     first, used = run({**made, "cache": made["cache"].clone()}), {**made, "cache": made["cache"].clone()}
     assert torch.equal(run(used, seed=seed + 1, blocks=1), first)
+
+
+def test_three_stages_in_flight_give_the_bits_of_two(run: Run) -> None:
+    made = build(CASES[1])
+    again = {n: x.clone() if isinstance(x, Tensor) else x for n, x in made.items()}
+    assert torch.equal(run(again, seed=1, blocks=1, stages=3), run(made))
+
+
+def test_what_the_kernel_does_not_serve_is_said() -> None:
+    made = build(CASES[0])
+    wide = build(replace(CASES[0], width=136))
+    double = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in made.items()}
+    strided = made | {"cache": made["cache"].transpose(3, 4).contiguous().transpose(3, 4)}
+    for call, why in ((double, "q is torch.float64"), (wide, "q's are 136"), (strided, "its stride is 80")):
+        answer = cuda.describe(**call, out=torch.empty_like(call["q"]), limit=HOPPER)
+        assert isinstance(answer, str) and why in answer
+    assert "too few" in str(cuda.describe(**made, out=torch.empty_like(made["q"]), limit=4096))
 
 
 def test_bf16_is_closer_to_the_truth_than_plain_pytorch_in_bf16(run: Run) -> None:
@@ -147,7 +171,10 @@ BUGS = {
         "load_table(a, SLAB, 0, (a.left + a.frames + 15) / 16 * 16 + ROWS)",
         "load_table(a, SLAB, 0, (a.left + a.frames + 15) / 16 * 16 + ROWS - 16)",
     ),
-    "unseen values are not zeros": ("seen ? value + piece * VEC : a.v.at, seen", "past ? value + piece * VEC : a.v.at, true"),
+    "unseen values are not zeros": (
+        "seen ? value + piece * VEC : a.v.at, seen",
+        "past ? value + piece * VEC : a.v.at, true",
+    ),
     "parts meet without a barrier": (
         "        hand_in(w, warp, sums);\n        barrier();",
         "        hand_in(w, warp, sums);",
