@@ -30,7 +30,7 @@ template <class T> DEVICE void store_shared(unsigned at, T value) { *reinterpret
 template <class T> DEVICE T load_global(const void* at) { return *static_cast<const T*>(at); }
 template <class T> DEVICE void store_global(void* at, T value) { *static_cast<T*>(at) = value; }
 
-DEVICE void barrier() { asm volatile("barrier.sync 0;" ::: "memory"); }
+DEVICE void barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // Bytes from global to shared memory, zeros where not `real`; there once copy_wait and then a barrier have passed.
 template <int BYTES> DEVICE void copy_async(unsigned at, const void* from, bool real) {

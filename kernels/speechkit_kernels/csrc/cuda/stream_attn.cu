@@ -110,13 +110,16 @@ DEVICE void copy_piece(unsigned to, const char* from, bool real) {
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 
-DEVICE int key_of(const Args& a, int row, int stage) { return row / KEYS * a.range + stage * KEYS + row % KEYS; }
+DEVICE int key_of(const Args& a, unsigned row, int stage) {
+    return int(row / KEYS) * a.range + stage * KEYS + int(row % KEYS);
+}
 
 // `count` rows of the table; the first is the one that key `key` and the block's last query meet.
-DEVICE void load_table(const Args& a, unsigned to, int key, int count) {
+DEVICE void load_table(const Args& a, unsigned to, int key, unsigned count) {
     const int above = a.rel.zero - a.left - block_z() * ROWS - (ROWS - 1) + key;
-    ROLLED for (int p = thread(); p < count * FILLED; p += THREADS) {
-        const int row = above + p / FILLED, piece = p % FILLED;
+    ROLLED for (unsigned p = thread(); p < count * FILLED; p += THREADS) {
+        const unsigned piece = p % FILLED;
+        const int row = above + int(p / FILLED);
         const bool inside = row >= 0 && row < a.rel.rows && piece < PIECES;
         const char* from = a.rel.at + block_y() * a.rel.head + row * a.rel.row + piece * VEC;
         copy_piece(to + p / FILLED * PITCH + piece * VEC, inside ? from : a.rel.at, inside);
@@ -128,13 +131,15 @@ DEVICE void load_keys(const Args& a, const Stream& s, int stage, unsigned to) {
     const char* ring = a.ring.at + s.slot * a.ring.slot + head * a.ring.head;
     const char* k = a.k.at + s.b * a.k.batch + head * a.k.head;
     const char* v = a.v.at + s.b * a.v.batch + head * a.v.head;
-    ROLLED for (int p = thread(); p < STEP * FILLED; p += THREADS) {
-        const int row = p / FILLED, piece = p % FILLED, key = key_of(a, row, stage), frame = key - a.left;
+    ROLLED for (unsigned p = thread(); p < STEP * FILLED; p += THREADS) {
+        const unsigned row = p / FILLED, piece = p % FILLED;
+        const int key = key_of(a, row, stage), frame = key - a.left;
         const bool past = frame < 0;
         // What nobody sees is zeros: it may be NaN where it lies, and 0 x NaN is NaN.
         const bool seen = key >= s.first && key < s.last && piece < PIECES;
-        const char* each = past ? ring + (long long)ring_index(a, s, key) * a.ring.frame : k + (long long)frame * a.k.frame;
-        const char* value = past ? each + a.ring.part : v + (long long)frame * a.v.frame;
+        const long long index = past ? ring_index(a, s, key) : frame;
+        const char* each = (past ? ring : k) + index * (past ? a.ring.frame : a.k.frame);
+        const char* value = (past ? ring + a.ring.part : v) + index * (past ? a.ring.frame : a.v.frame);
         const unsigned at = to + row * PITCH + piece * VEC;
         copy_piece(at, seen ? each + piece * VEC : a.k.at, seen);
         copy_piece(at + VALUES, seen ? value + piece * VEC : a.v.at, seen);
@@ -156,8 +161,9 @@ DEVICE void load_scores(const Args& a, const Stream& s, int stage, unsigned to) 
 }
 
 DEVICE void load_queries(const Args& a, const Stream& s, unsigned to) {
-    ROLLED for (int p = thread(); p < (1 + Q_POS) * ROWS * FILLED; p += THREADS) {
-        const int row = p / FILLED, piece = p % FILLED, frame = block_z() * ROWS + row % ROWS;
+    ROLLED for (unsigned p = thread(); p < (1 + Q_POS) * ROWS * FILLED; p += THREADS) {
+        const unsigned row = p / FILLED, piece = p % FILLED;
+        const int frame = block_z() * ROWS + int(row % ROWS);
         const Rows& q = row < ROWS ? a.q : a.q_pos;
         const bool given = frame < s.qlen && piece < PIECES;
         const char* from = q.at + s.b * q.batch + (long long)frame * q.frame + block_y() * q.head + piece * VEC;
@@ -384,8 +390,8 @@ DEVICE void attend_stage(const Args& a, const Stream& s, Warp& w, int stage, uns
 DEVICE void append(const Args& a, const Stream& s, int stage, unsigned from) {
     const int head = block_y() / a.group;
     const bool first = block_y() % a.group == 0;  // of the heads that share these keys
-    ROLLED for (int p = thread(); first && p < 2 * STEP * PIECES; p += THREADS) {
-        const int part = p / (STEP * PIECES), row = p / PIECES % STEP, piece = p % PIECES * VEC;
+    ROLLED for (unsigned p = thread(); first && p < 2 * STEP * PIECES; p += THREADS) {
+        const unsigned part = p / (STEP * PIECES), row = p / PIECES % STEP, piece = p % PIECES * VEC;
         const int key = key_of(a, row, stage);
         if (key < a.left || key >= a.left + s.keep) continue;
         char* to = a.ring.at + s.slot * a.ring.slot + part * a.ring.part + head * a.ring.head +
@@ -417,8 +423,9 @@ DEVICE void hand_in(const Warp& w, int warp, unsigned sums) {
 
 DEVICE void write_out(const Args& a, const Stream& s, unsigned from) {
     constexpr int EACH = VEC / SIZE;
-    for (int p = thread(); p < ROWS * PIECES; p += THREADS) {
-        const int row = p / PIECES, column = p % PIECES * EACH, frame = block_z() * ROWS + row;
+    for (unsigned p = thread(); p < ROWS * PIECES; p += THREADS) {
+        const unsigned row = p / PIECES, column = p % PIECES * EACH;
+        const int frame = block_z() * ROWS + int(row);
         if (frame >= a.frames) continue;
         float top = NOTHING, total = 0.f, sums[EACH] = {};
         for (int part = 0; part < KEY_WARPS; part++)
