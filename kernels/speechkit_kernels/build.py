@@ -69,6 +69,8 @@ UNITS = (
     Unit("library.cpp"),
     Unit("conv_step_op.cpp"),
     *(Unit("conv_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    Unit("linear_step_op.cpp"),
+    *(Unit("linear_step.cpp", isa, flags) for isa, flags in ISAS.items()),
 )
 
 
