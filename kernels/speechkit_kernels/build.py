@@ -2,8 +2,8 @@
 
     python -m speechkit_kernels.build [--out FOLDER]
 
-The sources use torch's stable ABI alone, a C interface that later releases keep: what is built once, against the headers
-of any torch from 2.10 on, loads in all of them. No CUDA compiler is needed, and no part of CPython is used.
+The sources use torch's stable ABI alone, a C interface that later releases keep: what is built once, against the
+headers of any torch from 2.10 on, loads in all of them. No CUDA compiler is needed, and no part of CPython is used.
 
 Environment: ``SPEECHKIT_CACHE`` is the folder for what is built (``~/.cache/speechkit`` unless given), ``CXX`` the
 compiler, ``SPEECHKIT_NO_JIT=1`` forbids building at run time.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import os
 import platform
@@ -58,13 +57,14 @@ class Unit(NamedTuple):
     flags: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
-        """Everything but what to read and write; per-ISA sources put all they define into the namespace SPEECHKIT_ISA."""
+        """Everything but what to read and write."""
         own = [f"-DSPEECHKIT_ISA={self.isa}", *self.flags] if self.isa else []
         return [*FLAGS, "-DSPEECHKIT_ISAS(X)=" + " ".join(f"X({isa})" for isa in ISAS), *own]
 
 
-# Sources compiled once per ISA include no header with inline code of torch's or of the C++ library's: a linker keeps one
-# copy of such code, and if that were the AVX-512 copy, a machine without AVX-512 would die in it.
+# A source compiled once per ISA puts all it defines into the namespace SPEECHKIT_ISA and includes no header with inline
+# code of torch's or of the C++ library's: a linker keeps one copy of such code, and if that were the AVX-512 copy, a
+# machine without AVX-512 would die in it.
 UNITS = (
     Unit("library.cpp"),
     Unit("conv_step_op.cpp"),
@@ -74,7 +74,7 @@ UNITS = (
 )
 
 
-class NotBuilt(Exception):
+class BuildError(Exception):
     """There is no library; the message is one sentence that ends with the remedy."""
 
 
@@ -82,8 +82,10 @@ def find() -> Path:
     """The library: shipped in the package, or in the cache, or built now.
 
     Raises:
-        NotBuilt: there is none, and it cannot or may not be built.
+        BuildError: there is none, and it cannot or may not be built.
     """
+    if sys.platform != "linux":
+        raise BuildError(f"compiled CPU kernels exist for Linux, but this is {sys.platform}; run there to have them.")
     stem = f"speechkit-{sources_hash()}-"
     shipped = sorted((PACKAGE / "lib").glob(f"{stem}*.so"))
     if shipped:
@@ -94,13 +96,13 @@ def find() -> Path:
         ready = sorted(cached.glob(f"{stem}*.so"))
         if ready:
             return ready[0]
-        raise NotBuilt(
+        raise BuildError(
             "no C++ compiler was found to build the CPU kernels; install g++ or clang++, or name one in CXX."
         )
     path = cached / library_name(command)
-    if not path.exists() and os.environ.get("SPEECHKIT_NO_JIT") == "1":
-        raise NotBuilt(
-            "SPEECHKIT_NO_JIT=1 forbids building the CPU kernels at run time and none are built; "
+    if not path.exists() and os.environ.get("SPEECHKIT_NO_JIT", "0") not in ("", "0"):
+        raise BuildError(
+            "SPEECHKIT_NO_JIT forbids building the CPU kernels at run time and none are built; "
             "run `python -m speechkit_kernels.build`, or unset it."
         )
     return path if path.exists() else build(cached, command)
@@ -110,7 +112,7 @@ def build(folder: Path, command: list[str]) -> Path:
     """Compiles and links the library into ``folder``, unless another process does so first.
 
     Raises:
-        NotBuilt: the compiler refused, or the folder cannot be written.
+        BuildError: the compiler refused, or the folder cannot be written.
     """
     path = folder / library_name(command)
     try:
@@ -124,8 +126,8 @@ def build(folder: Path, command: list[str]) -> Path:
                 finally:
                     print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
     except OSError as error:
-        raise NotBuilt(
-            f"the CPU kernels cannot be built in {folder}: {error}; name a folder that can be written in SPEECHKIT_CACHE."
+        raise BuildError(
+            f"the CPU kernels cannot be built in {folder}: {error}; name another folder in SPEECHKIT_CACHE."
         ) from error
     return path
 
@@ -188,7 +190,7 @@ def _run(job: list[str], log: Path) -> None:
     done = subprocess.run(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         log.write_text(f"{shlex.join(job)}\n\n{done.stdout}")
-        raise NotBuilt(
+        raise BuildError(
             f"the C++ compiler {job[0]} could not build the CPU kernels; what it said is in {log}; "
             f"name another compiler in CXX, or silence this with SPEECHKIT_KERNELS=off."
         )
@@ -196,6 +198,8 @@ def _run(job: list[str], log: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # Linux
+
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, however this process ends
         yield
@@ -213,7 +217,7 @@ def main() -> None:
         sys.exit("no C++ compiler was found; install g++ or clang++, or name one in CXX.")
     try:
         print(build(parser.parse_args().out, command))
-    except NotBuilt as error:
+    except BuildError as error:
         sys.exit(str(error))
 
 

@@ -6,12 +6,15 @@ import ctypes
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from speechkit_kernels import build
 from speechkit_kernels.ops import SCHEMAS
 
+DEVICES = ("cpu", "cuda")
 PLAIN = "plain PyTorch"
 
 
@@ -47,7 +50,7 @@ def ready() -> None:
 def explain() -> tuple[Serving, ...]:
     """Which kernel serves each operator on each kind of device; ``print(*explain(), sep="\\n")`` for people to read."""
     ready()
-    return tuple(_serving(operator, device) for operator in SCHEMAS for device in ("cpu", "cuda"))
+    return tuple(_serving(operator, device) for operator in SCHEMAS for device in DEVICES)
 
 
 def require(operator: str, device: torch.device | str) -> None:
@@ -66,12 +69,11 @@ def require(operator: str, device: torch.device | str) -> None:
 
 
 def instruction_set(wanted: str | None = None) -> str | None:
-    """The instruction set the CPU kernels use, None without kernels; with ``wanted``, that one from now on.
+    """The instruction set the CPU kernels use, None where there are none; ``wanted``, if given, is used from now on.
 
     Raises:
         ValueError: this machine, or this build, does not have the one that is wanted.
     """
-    ready()
     library = _load().library
     if library is None:
         return None
@@ -88,29 +90,40 @@ class _Loaded(NamedTuple):
 
 @cache
 def _load() -> _Loaded:
-    switch = os.environ.get("SPEECHKIT_KERNELS", "").lower()
+    switch = os.environ.get("SPEECHKIT_KERNELS", "")
+    if switch not in ("", "off"):
+        raise ValueError(f"SPEECHKIT_KERNELS must be 'off' or unset, but is {switch!r}.")
     if switch == "off":
         return _Loaded(None, "SPEECHKIT_KERNELS=off forbids compiled kernels; unset it.")
-    if switch:
-        raise ValueError(f"SPEECHKIT_KERNELS must be 'off' or unset, but is {switch!r}.")
     try:
-        from speechkit_kernels import build  # Linux only
+        return _Loaded(_open(build.find()), "")
+    except build.BuildError as error:
+        warnings.warn(f"speechkit streams in plain PyTorch, slower with the same results: {error}", stacklevel=3)
+        return _Loaded(None, str(error))
 
-        path = str(build.find())
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
         torch.ops.load_library(path)
-        library = ctypes.CDLL(path)
-        library.speechkit_isa.restype = ctypes.c_char_p
-        return _Loaded(library, "")
-    except ImportError:
-        return _Loaded(None, "compiled CPU kernels exist for Linux alone; run there to use them.")
-    except (build.NotBuilt, OSError) as error:
-        reason = str(error)
-    warnings.warn(f"speechkit streams in plain PyTorch, slower with the same results: {reason}", stacklevel=3)
-    return _Loaded(None, reason)
+    except OSError as error:
+        raise build.BuildError(f"the CPU kernels do not load: {error}; delete {path} to have it built anew.") from error
+    library = ctypes.CDLL(str(path))
+    library.speechkit_isa.restype = ctypes.c_char_p
+    return library
 
 
 def _serving(operator: str, device: str) -> Serving:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"speechkit::{operator}", device.upper()):
-        return Serving(operator, device, instruction_set() or "compiled" if device == "cpu" else "compiled", "")
-    reason = _load().reason if device == "cpu" else ""
-    return Serving(operator, device, PLAIN, reason or f"no kernel is written for {device} yet; use the CPU.")
+    compiled = device in DEVICES and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"speechkit::{operator}", device.upper()
+    )
+    if not compiled:
+        missing = f"no kernel is written for {device} yet; use a device that explain() names one for."
+        return Serving(operator, device, PLAIN, (device == "cpu" and _load().reason) or missing)
+    name = instruction_set() if device == "cpu" else None
+    if name is None:
+        return Serving(operator, device, "compiled", "")
+    faster = list(build.ISAS)[: list(build.ISAS).index(name)]
+    because = (
+        f"{' and '.join(faster)} would be faster, but this CPU lacks it or instruction_set({name!r}) ruled it out."
+    )
+    return Serving(operator, device, name, because if faster else "")

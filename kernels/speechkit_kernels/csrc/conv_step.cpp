@@ -31,14 +31,16 @@ struct Step {
     return left < group ? left : group;
   }
 
-  void pack() const {
-    auto* taps = static_cast<Scalar*>(c.taps);
+  static void pack(ConvStep& c, Scalar* memory) { rearrange(c, memory); }
+
+  static void rearrange(ConvStep& c, Scalar* memory) {
+    c.taps_block = c.K * width;
+    c.taps_row = width;
+    c.taps = memory;
     for (int64_t first = 0; first < c.D; first += width)
-      for (int64_t k = 0; k < c.K; ++k)
-        for (int64_t v = 0; v < group; ++v, taps += lanes) {
-          const int64_t channel = first + v * lanes;
-          if (channel < c.D) store(taps, tap(channel, k));
-        }
+      for (int64_t k = 0; k < c.K; ++k, memory += width)
+        for (int64_t v = 0; v < Step{c}.vectors(first); ++v)
+          store(memory + v * lanes, Step{c}.tap(first + v * lanes, k));
   }
 
   Vector tap(int64_t channel, int64_t k) const {
@@ -55,7 +57,7 @@ struct Step {
     recall(b, first, count, seen);
     for (int64_t t = 0; t < frames; ++t) gate(b, t, first, count, seen + (past + t) * width);
     remember(b, first, count, seen + frames * width);
-    const Scalar* taps = static_cast<const Scalar*>(c.taps) + block * c.K * width;
+    const Scalar* taps = static_cast<const Scalar*>(c.taps) + block * c.taps_block;
     int64_t t = 0;
     for (; t + 8 <= frames; t += 8)
       for (int64_t v = 0; v < count; ++v) convolve<8, 1>(b, t, first, v, taps, seen, y);
@@ -91,7 +93,7 @@ struct Step {
     for (int64_t v = 0; v < count; ++v, from += lanes) {
       const int n = present(first + v * lanes);
       const Vector value = load(from, n), by = c.gated ? load(from + c.D, n) : value;
-      store(to + v * lanes, rounded<T>(value * sigmoid(by)));
+      store(to + v * lanes, rounded(value * sigmoid(by), from));
     }
   }
 
@@ -107,11 +109,9 @@ struct Step {
     }
     seen += t * width + v * lanes;
     taps += v * lanes;
-    for (int64_t k = 0; k < c.K; ++k, seen += width, taps += width)
-      for (int j = 0; j < V; ++j) {
-        const Vector tap = load(taps + j * lanes);
-        for (int i = 0; i < Frames; ++i) sums[i][j] += tap * load(seen + i * width + j * lanes);
-      }
+    int64_t k = 0;
+    for (; k + 4 <= c.K; k += 4) add<Frames, V, 4>(sums, taps + k * c.taps_row, seen + k * width);
+    for (; k < c.K; ++k) add<Frames, V, 1>(sums, taps + k * c.taps_row, seen + k * width);
     for (int i = 0; i < Frames; ++i)
       for (int j = 0; j < V; ++j) {
         const int64_t channel = first + (v + j) * lanes;
@@ -122,11 +122,24 @@ struct Step {
       }
   }
 
-  void normalise(int64_t b, int64_t first, int64_t last, Scalar* y) const {
-    for (int64_t t = first; t < last; ++t) normalise(b, t, y + t * c.D);
+  // The products with some of the taps. Each remembered vector is read once for all of them.
+  template <int Frames, int V, int Taps>
+  void add(Vector (&sums)[Frames][V], const Scalar* taps, const Scalar* seen) const {
+    for (int j = 0; j < V; ++j, taps += lanes, seen += lanes) {
+      Vector tap[Taps];
+      for (int k = 0; k < Taps; ++k) tap[k] = load(taps + k * c.taps_row);
+#pragma GCC unroll 16
+      for (int r = 0; r < Frames + Taps - 1; ++r) {
+        const Vector frame = load(seen + r * width);
+#pragma GCC unroll 4
+        for (int k = 0; k < Taps; ++k)
+          if (r - k >= 0 && r - k < Frames) sums[r - k][j] += tap[k] * frame;
+      }
+    }
   }
 
   void normalise(int64_t b, int64_t t, const Scalar* y) const {
+    y += t * c.D;
     if (t >= c.qlen[b]) {
       for (int64_t d = 0; d < c.D; d += lanes) put(b, t, d, Vector{});
       return;
@@ -152,16 +165,26 @@ struct Step {
   }
 };
 
+// Floats that lie tap by tap, [K, D], need no packing where no vector reaches past a row.
+template <>
+void Step<float>::pack(ConvStep& c, float* memory) {
+  if (c.weight_channel != 1 || c.D % lanes) return rearrange(c, memory);
+  c.taps_block = width;
+  c.taps_row = c.weight_tap;
+  c.taps = c.weight;
+}
+
 template <class T>
 ConvStepKernel kernel() {
   using Scalar = typename Computed<T>::Scalar;
   return {
-      Step<T>::width, sizeof(Scalar), [](const ConvStep& c) { Step<T>{c}.pack(); },
+      Step<T>::width, sizeof(Scalar), 
+      [](ConvStep& c, void* memory) { Step<T>::pack(c, static_cast<Scalar*>(memory)); },
       [](const ConvStep& c, int64_t b, int64_t block, void* seen, void* y) {
         Step<T>{c}.filter(b, block, static_cast<Scalar*>(seen), static_cast<Scalar*>(y));
       },
-      [](const ConvStep& c, int64_t b, int64_t first, int64_t last, void* y) {
-        Step<T>{c}.normalise(b, first, last, static_cast<Scalar*>(y));
+      [](const ConvStep& c, int64_t b, int64_t t, const void* y) {
+        Step<T>{c}.normalise(b, t, static_cast<const Scalar*>(y));
       }};
 }
 

@@ -25,8 +25,9 @@ struct ConvStep {
   const void *norm_weight, *norm_bias;  // null: none
   void* out;                            // [B, C, D]
 
-  // Taps as [block, K, width] in the type of the computation: `pack` makes them from `weight`.
-  void* taps;
+  // Tap k of the channels of a block, in the type of the computation, is at block * taps_block + k * taps_row.
+  const void* taps;
+  int64_t taps_block, taps_row;
 };
 
 // A kernel works on blocks of `width` channels. Scratch memory is aligned to 64 bytes.
@@ -34,14 +35,15 @@ struct ConvStepKernel {
   int64_t width;
   int64_t bytes;  // of an element while it is computed with
 
-  void (*pack)(const ConvStep&);
+  // Sets the taps: where `weight` is, if it can be read as it lies, or in `memory` for [blocks, K, width].
+  void (*pack)(ConvStep&, void* memory);
 
   // Gates the new frames of row b, filters them and moves the memory on, for one block of channels. `seen` is scratch
   // for [K - 1 + C, width]; the filtered frames go to `y`, [C, D], or through SiLU to `out` where that is null.
   void (*filter)(const ConvStep&, int64_t b, int64_t block, void* seen, void* y);
 
-  // Layer norm and SiLU of the frames from first to last - 1 of row b, from `y` to `out`.
-  void (*normalise)(const ConvStep&, int64_t b, int64_t first, int64_t last, void* y);
+  // Layer norm and SiLU of frame t of row b, from its place in `y` to `out`.
+  void (*normalise)(const ConvStep&, int64_t b, int64_t t, const void* y);
 };
 
 #define SPEECHKIT_DECLARE(name)              \

@@ -74,13 +74,23 @@ void run(const ConvStep& c, const ConvStepKernel& kernel, void* filtered) {
   const auto y = [&](int64_t b) {
     return filtered ? static_cast<char*>(filtered) + b * c.C * c.D * kernel.bytes : nullptr;
   };
-  torch::stable::parallel_for(0, c.B * blocks, 1 + grain * blocks / (work + 1), [&](int64_t first, int64_t last) {
+  const auto filter = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) kernel.filter(c, i / blocks, i % blocks, scratch.get(seen), y(i / blocks));
-  });
-  if (!filtered) return;
-  torch::stable::parallel_for(0, c.B * c.C, 1 + grain / (16 * c.D + 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernel.normalise(c, i / c.C, i % c.C, i % c.C + 1, y(i / c.C));
-  });
+  };
+  const auto normalise = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) kernel.normalise(c, i / c.C, i % c.C, y(i / c.C));
+  };
+  if (c.B >= torch::stable::get_num_threads()) {  // a row's frames are normalised while they are near
+    torch::stable::parallel_for(0, c.B, 1 + grain / work, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        filter(b * blocks, (b + 1) * blocks);
+        if (filtered) normalise(b * c.C, (b + 1) * c.C);
+      }
+    });
+  } else {
+    torch::stable::parallel_for(0, c.B * blocks, 1 + grain * blocks / work, filter);
+    if (filtered) torch::stable::parallel_for(0, c.B * c.C, 1 + grain / (16 * c.D), normalise);
+  }
 }
 
 Tensor conv_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor& given_bias, const Tensor& cache,
@@ -113,8 +123,7 @@ Tensor conv_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor&
   c.norm_weight = data(norm_weight);
   c.norm_bias = data(norm_bias);
   c.out = out.mutable_data_ptr();
-  c.taps = taps.get((D + kernel.width - 1) / kernel.width * kernel.width * K * kernel.bytes);
-  kernel.pack(c);
+  kernel.pack(c, taps.get((D + kernel.width - 1) / kernel.width * kernel.width * K * kernel.bytes));
   run(c, kernel, norm_weight ? filtered.get(B * C * D * kernel.bytes) : nullptr);
   return out;
 }

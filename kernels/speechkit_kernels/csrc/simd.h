@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace speechkit {
 namespace SPEECHKIT_ISA {
 
@@ -54,11 +58,13 @@ inline Floats widen(Shorts bits, const Float16*) {
 
 inline Floats narrow(Floats x, const float*) { return x; }
 
-// To the nearest, ties to even; NaN stays NaN.
-inline Shorts narrow(Floats x, const BFloat16*) {
-  const Words word = as_words(x), rounded = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : (Words{} + 0x7fc0), Shorts);
+// To the nearest, ties to even; NaN stays NaN. The lower half of a word is no part of the result.
+inline Words bfloat16_above(Floats x) {
+  const Words word = as_words(x), rounded = word + 0x7fff + (word >> 16 & 1);
+  return x == x ? rounded : (Words{} + 0x7fc00000);
 }
+
+inline Shorts narrow(Floats x, const BFloat16*) { return __builtin_convertvector(bfloat16_above(x) >> 16, Shorts); }
 
 // To the nearest, ties to even. What is to be subnormal is rounded by the sum with 0.5, whose last bit is the least half.
 inline Shorts narrow(Floats x, const Float16*) {
@@ -123,8 +129,25 @@ void store(T* to, Vector x, int n) {
 
 // As a T keeps it.
 template <class T, class Vector>
-Vector rounded(Vector x) {
-  return widen(narrow(x, static_cast<T*>(nullptr)), static_cast<T*>(nullptr));
+Vector rounded(Vector x, const T* type) {
+  return widen(narrow(x, type), type);
+}
+inline Floats rounded(Floats x, const BFloat16*) { return as_floats(bfloat16_above(x) & 0xffff0000); }
+
+// x within two bounds; NaN stays NaN, because x86 returns the second operand where the two cannot be compared. The
+// compiler has to be told: it sees no minimum in a comparison of vectors.
+inline Floats between(Floats x, float least, float most) {
+  const Floats low = Floats{} + least, high = Floats{} + most;
+#if defined(__AVX512F__)
+  return _mm512_max_ps(low, _mm512_min_ps(high, x));
+#elif defined(__AVX2__)
+  return _mm256_max_ps(low, _mm256_min_ps(high, x));
+#elif defined(__x86_64__)
+  return _mm_max_ps(low, _mm_min_ps(high, x));
+#else
+  x = x > high ? high : x;
+  return x < low ? low : x;
+#endif
 }
 
 // The first n lanes, and zeros.
@@ -150,9 +173,7 @@ inline double sum(double x) { return x; }
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. n reaches 128, which no float's exponent does:
 // half of 2^n is multiplied first, then 2, so that e^y can overflow to infinity and the result to 0.
 inline Floats sigmoid(Floats x) {
-  Floats y = -x;
-  y = y > 89.0f ? Floats{} + 89.0f : y;
-  y = y < -87.0f ? Floats{} - 87.0f : y;
+  const Floats y = between(-x, -87.0f, 89.0f);
   const Floats shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Floats r = (y - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first times n exact
   Floats p = r * 0.00831250101f + 0.0418903306f;
