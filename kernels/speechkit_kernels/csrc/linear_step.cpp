@@ -22,15 +22,15 @@ namespace {
 typedef int8_t Bytes __attribute__((vector_size(lanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
-// A tile is some rows of x times some of the weight. Its sums, and a vector of each of these, have to fit into registers:
-// 32 with AVX-512, else 16. Enough sums to hide the latency of an addition: 8, where two are begun in each cycle.
+// A tile is some rows of x times some of the weight. Its sums and a vector of each of these fit into the registers, 32 with
+// AVX-512, else 16; and there are at least 8 sums, for an addition takes 4 cycles, in which 8 are begun.
 constexpr int64_t most_rows = lanes == 16 ? 6 : 2;
 constexpr int64_t tile_width(int64_t rows) { return rows * 8 <= (lanes == 16 ? 24 : 8) ? 8 : 4; }
 constexpr int64_t panel = 48;  // whole vectors and whole tiles
 
 inline Floats weights(const float* from) { return load(from); }
 
-// One instruction where the compilers make many. With a mask, of all lanes: GCC 12 warns of the plain forms without reason.
+// One instruction where compilers make many. With a mask, of all lanes: GCC 12 warns of the plain forms without reason.
 #if defined(__AVX512F__)
 inline Ints extended(const BFloat16* from) {
   return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, read<__m256i>(from));
@@ -49,7 +49,7 @@ inline Ints extended(const int8_t* from) { return __builtin_convertvector(read<B
 inline Floats weights(const BFloat16* from) { return (Floats)(extended(from) << 16); }
 inline Floats weights(const int8_t* from) { return __builtin_convertvector(extended(from), Floats); }
 
-// Lane i of the result is the sum over quarter i of a vector; lanes that are apart by half, by a quarter and so on.
+// Halves are added until four lanes are left: the sums of every fourth lane, from the first, second, third, fourth on.
 inline Quad folded(Floats x) {
   Quad quads[lanes / 4];
   std::memcpy(quads, &x, sizeof x);
