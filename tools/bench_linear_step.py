@@ -3,11 +3,11 @@
     python tools/bench_linear_step.py [--from memory] [--rows 1 8 32] [--shapes 512x2048] [--threads 1] [--rounds 16]
 
 Each row of the table is one number of rows of x; a shape is K x N. The candidates take turns within a round, so whatever
-else the machine does falls on all of them alike; their outputs are compared first. From memory, every candidate goes
-through so many copies of the weight that they do not fit the cache together; from the cache, it has one. Times are
-microseconds of a call: median (lower quartile - upper quartile), then 10^9 bytes of the weight a second. Ratios are of
-medians: float32 by PyTorch against ours in float32, bfloat16 and int8. "read" is a sum over as much memory as the weight
-has in float32: how fast PyTorch can read, and no more.
+else the machine does falls on all of them; their outputs are compared first. From memory, every candidate goes through
+so many copies of the weight that they do not fit the cache together; from the cache, it has one. Times are microseconds
+of a call: median (lower quartile - upper quartile), then 10^9 bytes of the weight a second. Ratios are of medians:
+float32 by PyTorch against ours in float32, bfloat16 and int8. "read" is a sum over as much memory as the weight takes in
+float32: how fast PyTorch can read, and no more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 SHAPES = ("256x1024", "1024x256", "512x2048", "2048x512", "1024x4096")
 ROWS = (1, 2, 4, 7, 8, 14, 16, 32, 56, 112)
 COPIED = 136 << 20  # bytes of the copies of a weight: several times a cache
-CALLS = 4  # timed together
+CALLS = 4  # in a round
 Call = Callable[[Any], Tensor]  # a copy of the weight -> [M, N]
 
 
@@ -93,21 +93,21 @@ def candidates(x: Tensor) -> dict[str, Call]:
 
 @torch.inference_mode()
 def measure(calls: dict[str, Call], copies: dict[str, list[Any]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each candidate in each round."""
+    """Microseconds of each call of each candidate."""
     expected = calls["F.linear"](copies["F.linear"][0])
     for name in list(calls)[2:]:
         worst = float((calls[name](copies[name][0]).float() - expected).abs().max())
-        assert worst < (1e-4 if name == "ours" else 0.2), f"the candidates must agree, but {name} differs by {worst:.2g}"
+        allowed = 1e-4 if name == "ours" else 0.2
+        assert worst < allowed, f"the candidates must agree, but {name} differs by {worst:.2g}"
     turns = {name: itertools.cycle(copies[name]) for name in calls}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             call(next(turns[name]))  # the code, x and a lone weight come back into the cache
-            mine = list(itertools.islice(turns[name], CALLS))
-            start = time.perf_counter()
-            for weight in mine:
+            for weight in itertools.islice(turns[name], CALLS):
+                start = time.perf_counter()
                 call(weight)
-            times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+                times[name].append((time.perf_counter() - start) * 1e6)
     return times
 
 
