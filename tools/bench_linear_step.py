@@ -2,12 +2,12 @@
 
     python tools/bench_linear_step.py [--from memory] [--rows 1 8 32] [--shapes 512x2048] [--threads 1] [--rounds 16]
 
-Each row of the table is one number of rows of x; a shape is K x N. The candidates take turns within a round, so whatever
+Each row of the table is one number of rows of x; a shape is K x N. The candidates take turns within a round, so what
 else the machine does falls on all of them; their outputs are compared first. From memory, every candidate goes through
 so many copies of the weight that they do not fit the cache together; from the cache, it has one. Times are microseconds
 of a call: median (lower quartile - upper quartile), then 10^9 bytes of the weight a second. Ratios are of medians:
-float32 by PyTorch against ours in float32, bfloat16 and int8. "read" is a sum over as much memory as the weight takes in
-float32: how fast PyTorch can read, and no more.
+float32 by PyTorch against ours in float32, bfloat16 and int8. "read" is a sum over as much memory as the weight takes
+in float32: how fast PyTorch can read, and no more.
 """
 
 from __future__ import annotations
