@@ -75,14 +75,15 @@ template <class T>
 struct Linear {
   const LinearStep& l;
 
-  // `Rows` rows of x with those of the weight from `first` on, of which `present` exist, at least one.
+  // `Rows` rows of x with every `apart`th of the `present` rows at `weight`, of which there is at least one. They are far
+  // apart because memory gives more of several pages at once than of one.
   template <int64_t Rows>
-  void tile(const float* x, int64_t first, int64_t present, const Group& group, float* to) const {
+  void tile(const float* x, const T* weight, int64_t present, int64_t apart, const Group& group, float* to) const {
     constexpr int64_t width = tile_width(Rows);
     constexpr int64_t line = 64 / sizeof(T) > lanes ? 64 / sizeof(T) : lanes;  // elements of a cache line
     const T* rows[width];
     for (int64_t j = 0; j < width; ++j)
-      rows[j] = static_cast<const T*>(l.weight) + (first + (j < present ? j : present - 1)) * l.weight_row;
+      rows[j] = weight + (j * apart < present ? j * apart : present - 1) * l.weight_row;
     Floats sums[Rows][width] = {};
     const auto add = [&](int64_t k) {
       Floats w[width];
@@ -113,7 +114,7 @@ struct Linear {
     UNROLL for (int64_t i = 0; i < Rows; ++i, to += panel)
       UNROLL for (int64_t j = 0; j < width; j += 4) {
         const Quad four = totals(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
-        std::memcpy(to + j, &four, sizeof four);
+        UNROLL for (int64_t n = 0; n < 4; ++n) to[(j + n) * apart] = four[n];
       }
   }
 
@@ -121,7 +122,10 @@ struct Linear {
   void tiles(const Group& group, int64_t first, int64_t count) const {
     float sums[Rows * panel];
     const float* x = l.packed + group.row * padded();
-    for (int64_t j = 0; j < count; j += tile_width(Rows)) tile<Rows>(x, first + j, count - j, group, sums + j);
+    const T* weight = static_cast<const T*>(l.weight) + first * l.weight_row;
+    const int64_t apart = (count + tile_width(Rows) - 1) / tile_width(Rows);
+    for (int64_t t = 0; t < apart; ++t)
+      tile<Rows>(x, weight + t * l.weight_row, count - t, apart, group, sums + t);
     for (int64_t i = 0; i < Rows; ++i)
       for (int64_t j = 0; j < count; j += lanes)
         finish(group.row + i, first + j, static_cast<int>(count - j), sums + i * panel + j);
