@@ -22,8 +22,8 @@ namespace {
 typedef int8_t Bytes __attribute__((vector_size(lanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
-// A tile is some rows of x times some of the weight. Its sums and a vector of each of these fit into the registers, 32 with
-// AVX-512, else 16; and there are at least 8 sums, for an addition takes 4 cycles, in which 8 are begun.
+// A tile is some rows of x times some of the weight. Its sums and a vector of each of these fit into the registers, 32
+// with AVX-512, else 16; and there are at least 8 sums, for an addition takes 4 cycles, in which 8 are begun.
 constexpr int64_t most_rows = lanes == 16 ? 6 : 2;
 constexpr int64_t tile_width(int64_t rows) { return rows * 8 <= (lanes == 16 ? 24 : 8) ? 8 : 4; }
 constexpr int64_t panel = 48;  // whole vectors and whole tiles
@@ -75,8 +75,8 @@ template <class T>
 struct Linear {
   const LinearStep& l;
 
-  // `Rows` rows of x with every `apart`th of the `present` rows at `weight`, of which there is at least one. They are far
-  // apart because memory gives more of several pages at once than of one.
+  // `Rows` rows of x with every `apart`th of the `present` rows at `weight`, of which there is at least one. They are
+  // far apart because memory gives more of several pages at once than of one.
   template <int64_t Rows>
   void tile(const float* x, const T* weight, int64_t present, int64_t apart, const Group& group, float* to) const {
     constexpr int64_t width = tile_width(Rows);

@@ -1,5 +1,5 @@
-// The linear map of one call: what to read and write, and the parts that a kernel consists of. No header of torch's or of
-// the C++ library's is included, see build.py.
+// The linear map of one call: what to read and write, and the parts that a kernel consists of. No header of torch's or
+// of the C++ library's is included, see build.py.
 #pragma once
 
 #include <cstdint>

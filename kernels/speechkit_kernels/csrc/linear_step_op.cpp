@@ -1,4 +1,5 @@
-// speechkit::linear_step on the CPU: checks, memory, threads. The arithmetic is in linear_step.cpp, the meaning in plain.py.
+// speechkit::linear_step on the CPU: checks, memory, threads. The arithmetic is in linear_step.cpp, the meaning in
+// plain.py.
 #include "host.h"
 #include "isa.h"
 #include "linear_step.h"
