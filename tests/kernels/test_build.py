@@ -276,7 +276,7 @@ def test_explain_speaks_of_every_operator_on_both_devices(library: Path) -> None
 
 
 def test_require_names_what_is_wrong_with_the_request(library: Path) -> None:
-    with pytest.raises(ValueError, match="operator must be one of stream_attn, conv_step.*, but is 'conv'"):
+    with pytest.raises(ValueError, match=r"operator must be one of stream_attn, conv_step.*, but is 'conv'"):
         speechkit_kernels.require("conv", "cpu")
     with pytest.raises(RuntimeError, match=r"conv_step has no compiled kernel on meta: .* use a device"):
         speechkit_kernels.require("conv_step", torch.device("meta"))
