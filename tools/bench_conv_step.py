@@ -3,7 +3,8 @@
     python tools/bench_conv_step.py [--device cpu] [--dtype float32] [--threads 1] [--rounds 60] [--norm none]
 
 Each row is one case. The candidates take turns within a round, so whatever else the machine does falls on all of them
-alike; their outputs and memories are compared first. Times are microseconds: median (lower quartile - upper quartile).
+alike; their outputs and memories are compared first. Times are microseconds: median (lower quartile - upper quartile);
+with one thread of a CPU they are the thread's own time, which the turns of other programs do not enter.
 "packed" is the operator with its filters stored tap by tap, as `weight.t().contiguous().t()`; "as is" with a plain
 contiguous weight. Ratios are of medians, against the faster of the two PyTorch forms.
 """
@@ -31,15 +32,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--isa", help="instruction set of the CPU kernel; the best unless given")
     parser.add_argument("--norm", choices=("layer", "none"), default="layer", help="none: folded into the filters")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    speechkit_kernels.instruction_set(arguments.isa)
+    clock = time.thread_time if arguments.device == "cpu" and arguments.threads == 1 else time.perf_counter
     print(*speechkit_kernels.explain(), sep="\n")
     print(f"{arguments.threads} thread(s), {arguments.dtype}, {arguments.norm} norm, torch {torch.__version__}")
     print(f"{'B':>3} {'C':>3} {'D':>5} {'K':>3} " + "".join(f"{name:>22}" for name in NAMES) + "   ratio packed, as is")
     ratios = []
     for case in CASES:
-        times = measure(candidates(*case, arguments), arguments.rounds, arguments.device)
+        times = measure(candidates(*case, arguments), arguments.rounds, clock)
         medians = [statistics.median(t) for t in times]
         ratio = [min(medians[:2]) / median for median in medians[2:]]
         ratios.append(ratio)
@@ -99,26 +103,29 @@ def candidates(B: int, C: int, D: int, K: int, arguments: argparse.Namespace) ->
     return made
 
 
-def measure(made: list[Candidate], rounds: int, device: str) -> list[list[float]]:
+def measure(made: list[Candidate], rounds: int, clock: Callable[[], float]) -> list[list[float]]:
     """Microseconds of each candidate in each round."""
     times: list[list[float]] = [[] for _ in made]
     with torch.inference_mode():
         for _ in range(rounds):
             for candidate, own in zip(made, times, strict=True):
-                own.append(clocked(candidate, device))
+                own.append(seconds(candidate, clock) * 1e6)
     return times
 
 
-def clocked(candidate: Candidate, device: str, calls: int = 5) -> float:
-    candidate()  # its memory and code come back into the cache
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def seconds(candidate: Candidate, clock: Callable[[], float], calls: int = 5) -> float:
+    candidate()  # its memory and its code come back into the cache
+    synchronise()
+    start = clock()
     for _ in range(calls):
         candidate()
-    if device != "cpu":
+    synchronise()
+    return (clock() - start) / calls
+
+
+def synchronise() -> None:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls * 1e6
 
 
 def cell(times: list[float]) -> str:

@@ -73,6 +73,8 @@ UNITS = (
     *(Unit("conv_step.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("stream_attn_op.cpp"),
     *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
+    Unit("linear_step_op.cpp"),
+    *(Unit("linear_step.cpp", isa, flags) for isa, flags in ISAS.items()),
 )
 
 
@@ -169,6 +171,7 @@ def _compile(command: list[str], scratch: Path, log: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     objects = [scratch / f"{i}.o" for i in range(len(UNITS))]
     library = scratch / "library.so"
+    log.unlink(missing_ok=True)
     jobs = [
         [
             *command,
@@ -191,7 +194,8 @@ def _compile(command: list[str], scratch: Path, log: Path) -> Path:
 def _run(job: list[str], log: Path) -> None:
     done = subprocess.run(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        log.write_text(f"{shlex.join(job)}\n\n{done.stdout}")
+        with log.open("a") as file:
+            file.write(f"{shlex.join(job)}\n\n{done.stdout}\n")
         raise BuildError(
             f"the C++ compiler {job[0]} could not build the CPU kernels; what it said is in {log}; "
             f"name another compiler in CXX, or silence this with SPEECHKIT_KERNELS=off."

@@ -2,6 +2,7 @@
 
     speechkit::stream_attn   attention of new frames over a ring cache, which it appends to
     speechkit::conv_step     gate, causal depthwise convolution over remembered frames, norm, SiLU
+    speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, and perhaps SiLU
 
 Compiled kernels register for their device over the PyTorch one. Schema and meaning stay the same.
 """
@@ -20,6 +21,7 @@ SCHEMAS = {
     "int chunk=0, int left, float scale) -> Tensor",
     "conv_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) cache, Tensor slots, Tensor qlen, *, "
     "bool gated, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> Tensor",
+    "linear_step": "(Tensor x, Tensor weight, Tensor? bias, *, Tensor? scale=None, bool silu=False) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("speechkit", "DEF")
@@ -37,3 +39,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Tens
 @torch.library.register_fake("speechkit::conv_step", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
     return x.new_empty(*x.shape[:2], weight.shape[0])
+
+
+@torch.library.register_fake("speechkit::linear_step", lib=LIBRARY)
+def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

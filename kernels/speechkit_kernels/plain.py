@@ -154,6 +154,29 @@ def conv_step(
     return torch.where(real, F.silu(y), 0)
 
 
+def linear_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """``act(x W^T + bias)``, computed in float32 whatever the weight is kept in.
+
+    Only the weight loses accuracy when it is kept in fewer bits: x is never rounded. In compiled kernels a row's result
+    is the same, bit for bit, whatever other rows it comes with: a stream does not depend on who else is connected.
+
+    Args:
+        x: ``[..., K]``, float32, strided in any way.
+        weight: ``[N, K]``, the numbers of a row side by side: float32, bfloat16, or int8, which `scale` multiplies.
+        bias, scale: ``[N]`` float32; a scale comes with int8 and with nothing else.
+        silu: act is SiLU; nothing unless given.
+
+    Returns:
+        ``[..., N]``, float32.
+    """
+    check_linear(x, weight, bias, scale)
+    wide = weight.to(x.dtype)
+    y = F.linear(x, wide if scale is None else wide * scale[:, None], bias)
+    return F.silu(y) if silu else y
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,
@@ -239,6 +262,33 @@ def check_convolution(
     expected |= {"norm_bias": (norm_bias, (D,), x.dtype), "weight": (weight, None, x.dtype)}
     _expect("conv_step", x, {"cache": (cache, None, x.dtype), **expected})
     _expect_rows("conv_step", x, {"slots": slots, "qlen": qlen})
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    """As `check_attention`."""
+    if weight.dim() != 2:
+        raise ValueError(f"linear_step: weight must be [any, any], but has the shape {list(weight.shape)}.")
+    N, K = weight.shape
+    if x.dtype != torch.float32:
+        raise ValueError(f"linear_step: x must be torch.float32, but is {x.dtype}.")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"linear_step: x must be [..., {K}], but has the shape {list(x.shape)}.")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise ValueError(
+            f"linear_step: weight must be torch.float32, torch.bfloat16 or torch.int8, but is {weight.dtype}."
+        )
+    if (weight.dtype == torch.int8) != (scale is not None):
+        raise ValueError(
+            f"linear_step: scale must be given with a weight of torch.int8 and with no other, but "
+            f"{'is None' if scale is None else 'is given'}."
+        )
+    if K > 1 and weight.stride(1) != 1:
+        raise ValueError(
+            f"linear_step: weight must have the numbers of a row side by side, but their stride is {weight.stride(1)}; "
+            f"make it contiguous, once."
+        )
+    per_row: dict[str, Expected] = {"bias": (bias, (N,), x.dtype), "scale": (scale, (N,), x.dtype)}
+    _expect("linear_step", x, {"weight": (weight, None, None), **per_row})
 
 
 def _expect(operator: str, like: Tensor, expected: dict[str, Expected]) -> None:

@@ -67,18 +67,6 @@ MaybeTensor dense(const MaybeTensor& tensor) {
   return !tensor || tensor->stride(-1) == 1 ? tensor : torch::stable::contiguous(*tensor);
 }
 
-// Memory that a thread keeps from call to call.
-class Scratch {
- public:
-  void* get(int64_t bytes) {
-    if (static_cast<int64_t>(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::vector<char> memory_;
-};
-
 void run(const ConvStep& c, const ConvStepKernel& kernel, void* filtered) {
   thread_local Scratch scratch;
   const int64_t blocks = (c.D + kernel.width - 1) / kernel.width, work = c.C * c.D * (c.K + 16);

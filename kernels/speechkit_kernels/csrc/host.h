@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace speechkit {
@@ -46,6 +47,8 @@ inline std::string dtype_text(ScalarType dtype) {
       return "torch.float16";
     case ScalarType::BFloat16:
       return "torch.bfloat16";
+    case ScalarType::Char:
+      return "torch.int8";
     case ScalarType::Int:
       return "torch.int32";
     case ScalarType::Long:
@@ -96,6 +99,18 @@ class Arguments {
 
  private:
   const char* name_;
+};
+
+// Memory that a thread keeps from call to call.
+class Scratch {
+ public:
+  void* get(int64_t bytes) {
+    if (static_cast<int64_t>(memory_.size()) < bytes + 64) memory_.resize(bytes + 64);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<char> memory_;
 };
 
 }  // namespace speechkit

@@ -1,0 +1,201 @@
+"""`speechkit::linear_step`: against float64, row by row, in every variant for an instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import speechkit_kernels
+import torch
+import torch.nn.functional as F
+from speechkit_kernels import build, plain
+from torch import Tensor
+
+KINDS = (torch.float32, torch.bfloat16, torch.int8)
+Step = Callable[..., Tensor]
+
+
+@pytest.fixture(params=build.ISAS)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Step]:
+    """The operator as this instruction set computes it."""
+    before = speechkit_kernels.instruction_set()
+    if before is None:
+        pytest.skip("no compiled kernels here")
+    try:
+        speechkit_kernels.instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield torch.ops.speechkit.linear_step
+    speechkit_kernels.instruction_set(before)
+
+
+def random_map(N: int, K: int, kind: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight, its scale where it has one, bias."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(N, K, generator=generator), torch.randn(N, generator=generator)
+    if kind != torch.int8:
+        return weight.to(kind), None, bias
+    scale = weight.abs().amax(1).clamp(min=1e-8) / 127 if K else torch.ones(N)
+    return (weight / scale[:, None]).round().to(torch.int8), scale, bias
+
+
+def random_rows(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, silu: bool) -> Tensor:
+    """In float64, a loop over the rows of the weight."""
+    rows = weight.double() if scale is None else weight.double() * scale.double()[:, None]
+    y = torch.stack([(x.double() * row).sum(-1) for row in rows], dim=-1)
+    y = y if bias is None else y + bias.double()
+    return y * torch.sigmoid(y) if silu else y
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("N, K", [(64, 256), (1, 1), (50, 10), (33, 131), (97, 1040), (16, 2050)])
+def test_every_variant_equals_float64(compiled: Step, kind: torch.dtype, N: int, K: int) -> None:
+    weight, scale, bias = random_map(N, K, kind)
+    for M in (1, 2, 3, 4, 5, 6, 7, 8, 13, 19):
+        x = random_rows(M, K)
+        for options in ({"bias": bias, "silu": True}, {"bias": None, "silu": False}):
+            y = compiled(x, weight, options["bias"], scale=scale, silu=options["silu"])
+            expected = exact(x, weight, options["bias"], scale, bool(options["silu"]))
+            assert y.dtype == torch.float32
+            torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6 * K**0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_plain_pytorch_equals_float64(kind: torch.dtype) -> None:
+    weight, scale, bias = random_map(33, 131, kind)
+    x = random_rows(2, 3, 131)
+    y = plain.linear_step(x, weight, bias, scale=scale, silu=True)
+    torch.testing.assert_close(y.double(), exact(x, weight, bias, scale, True), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("N, K", [(100, 300), (130, 1024), (40, 10)])
+def test_a_row_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step, kind: torch.dtype, N: int, K: int) -> None:
+    weight, scale, bias = random_map(N, K, kind)
+    x = random_rows(29, K)
+    alone = torch.stack([compiled(row, weight, bias, scale=scale, silu=True) for row in x])
+    for M in range(1, 30):
+        assert torch.equal(compiled(x[:M], weight, bias, scale=scale, silu=True), alone[:M]), f"{M} rows"
+    assert torch.equal(compiled(x.flip(0), weight, bias, scale=scale, silu=True), alone.flip(0))
+    poisoned = torch.where(torch.arange(29)[:, None] == 3, torch.nan, x)
+    others = torch.arange(29) != 3
+    assert torch.equal(compiled(poisoned, weight, bias, scale=scale, silu=True)[others], alone[others])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_column_is_the_same_bit_for_bit_whatever_rows_the_weight_has(compiled: Step, kind: torch.dtype) -> None:
+    weight, scale, bias = random_map(101, 272, kind)
+    x = random_rows(7, 272)
+    whole = compiled(x, weight, bias, scale=scale)
+    for some in (slice(0, 1), slice(3, 52), slice(99, 101)):
+        part = compiled(x, weight[some], bias[some], scale=None if scale is None else scale[some])
+        assert torch.equal(part, whole[:, some])
+
+
+def test_the_number_of_threads_changes_nothing(compiled: Step) -> None:
+    weight, _, bias = random_map(1000, 520, torch.float32)
+    x, before = random_rows(9, 520), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = compiled(x, weight, bias)
+        torch.set_num_threads(3)
+        three = compiled(x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_may_stand_anywhere(compiled: Step, kind: torch.dtype) -> None:
+    weight, scale, bias = random_map(40, 30, kind)
+    whole = random_rows(5, 8, 60)
+    spread = torch.randn(80)[::2]  # a bias every other number of which counts
+    wide = torch.zeros(40, 47, dtype=kind)
+    wide[:, 5:35] = weight
+    for x in (whole[:, :3, 7:37], whole[..., ::2], whole[:, 2, :30], whole.transpose(0, 1)[..., 30:], whole[0, 0, :30]):
+        expected = compiled(x.contiguous(), weight, bias, scale=scale)
+        assert expected.shape == (*x.shape[:-1], 40)
+        assert torch.equal(compiled(x, weight, bias, scale=scale), expected)
+        assert torch.equal(compiled(x, wide[:, 5:35], bias, scale=scale), expected)
+        assert torch.equal(compiled(x, weight, spread, scale=scale), compiled(x, weight, spread.clone(), scale=scale))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_few_bits_lose_only_what_the_weight_loses(compiled: Step, kind: torch.dtype) -> None:
+    weight, scale, bias = random_map(96, 512, kind)
+    x = 100 * random_rows(8, 512)  # numbers that neither bfloat16 nor int8 has
+    rounded = weight.float() if scale is None else weight.float() * scale[:, None]
+    worst = (compiled(x, weight, bias, scale=scale) - F.linear(x, rounded, bias)).abs().max()
+    assert worst < 1e-6 * float(x.norm(dim=-1).max() * rounded.norm(dim=-1).max())
+
+
+@pytest.mark.parametrize("silu", (False, True))
+def test_nan_and_infinity_go_where_those_of_pytorch_go(compiled: Step, silu: bool) -> None:
+    weight, _, bias = random_map(37, 83, torch.float32)
+    x = random_rows(6, 83)
+    x[1, 82], x[2, 0], x[3, 40], x[4, 7] = torch.nan, torch.inf, -torch.inf, 1e38
+    weight[5, 81], weight[36, 3], bias[7] = torch.inf, torch.nan, -torch.inf
+    y, expected = compiled(x, weight, bias, silu=silu), plain.linear_step(x, weight, bias, silu=silu)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nothing_in_gives_nothing_or_the_bias(compiled: Step, kind: torch.dtype) -> None:
+    weight, scale, bias = random_map(20, 12, kind)
+    assert compiled(torch.empty(3, 0, 12), weight, bias, scale=scale).shape == (3, 0, 20)
+    assert compiled(torch.empty(0, 12), weight, bias, scale=scale).shape == (0, 20)
+    none = compiled(torch.empty(4, 12), weight[:0], bias[:0], scale=None if scale is None else scale[:0])
+    assert none.shape == (4, 0)
+    empty, scale, bias = random_map(20, 0, kind)
+    assert torch.equal(compiled(torch.empty(4, 0), empty, bias, scale=scale), bias.expand(4, 20))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_operator_keeps_the_rules_of_torch_library(kind: torch.dtype) -> None:
+    speechkit_kernels.ready()
+    weight, scale, bias = random_map(20, 48, kind)
+    options = {"scale": scale, "silu": True}
+    torch.library.opcheck(torch.ops.speechkit.linear_step.default, (random_rows(2, 3, 48), weight, bias), options)
+    torch.library.opcheck(torch.ops.speechkit.linear_step.default, (random_rows(48), weight, None), options)
+
+
+def test_it_compiles_into_one_graph() -> None:
+    speechkit_kernels.ready()
+    weight, scale, bias = random_map(20, 48, torch.int8)
+    x = random_rows(2, 5, 64)
+
+    def model(x: Tensor) -> Tensor:
+        return torch.ops.speechkit.linear_step(x[..., 8:56] + 1, weight, bias, scale=scale, silu=True) * 2
+
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+BAD = {
+    "x must be torch.float32": {"x": torch.zeros(2, 8, dtype=torch.float64)},
+    r"x must be \[..., 8\], but has the shape \[2, 7\]": {"x": torch.zeros(2, 7)},
+    r"x must be \[..., 8\], but has the shape \[\]": {"x": torch.zeros(())},
+    "weight must be .* but has the shape": {"weight": torch.zeros(8)},
+    "weight must be torch.float32, torch.bfloat16 or torch.int8": {"weight": torch.zeros(5, 8, dtype=torch.float64)},
+    "weight must have the numbers of a row side by side, .* stride is 5": {"weight": torch.zeros(8, 5).t()},
+    r"bias must be \[5\], but has the shape \[8\]": {"bias": torch.zeros(8)},
+    "bias must be torch.float32, but is torch.bfloat16": {"bias": torch.zeros(5, dtype=torch.bfloat16)},
+    "scale must be given with a weight of torch.int8 .* is None": {"weight": torch.zeros(5, 8, dtype=torch.int8)},
+    "scale must be given with a weight of torch.int8 .* is given": {"scale": torch.ones(5)},
+    r"scale must be \[5\]": {"weight": torch.zeros(5, 8, dtype=torch.int8), "scale": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+@pytest.mark.parametrize("by", ["compiled", "plain"])
+def test_a_bad_argument_is_named_in_one_sentence(message: str, by: str) -> None:
+    if by == "compiled" and speechkit_kernels.instruction_set() is None:
+        pytest.skip("no compiled kernels here")
+    step = torch.ops.speechkit.linear_step if by == "compiled" else plain.linear_step
+    given = {"x": torch.zeros(2, 8), "weight": torch.zeros(5, 8), "bias": torch.zeros(5), "scale": None} | BAD[message]
+    with pytest.raises(ValueError, match=f"^linear_step: {message}.*") as error:
+        step(given["x"], given["weight"], given["bias"], scale=given["scale"])
+    assert str(error.value).count("\n") == 0
