@@ -6,17 +6,79 @@ and remembers nothing, so the offline pass and the stream are the same lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from speechkit import kernels
 from speechkit.stream import State, carry, ceil_div, keep_valid, valid
 
 Frames = Float[Tensor, "B U D"]
 Lengths = Int[Tensor, "B"]
+
+
+FEW = 64
+"""Frames of a call up to which `Linear` is bound by reading its weight, and PyTorch's product is not the faster one."""
+
+
+class Linear(nn.Linear):
+    """A linear map that reads its weight at the speed of memory where few frames come at a time, as in a stream.
+
+    Where a compiled kernel serves, a frame's result is then the same bit for bit whoever else is in the batch.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)  # of each row of an int8 weight
+        self.rounded_from: torch.dtype | None = None
+
+    def new_zeros(self, *shape: int) -> Tensor:
+        """Zeros of the type that frames have, whatever the weight was rounded to."""
+        return self.weight.new_zeros(shape, dtype=self.rounded_from or self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.dim() == 3 and x.shape[1] <= FEW and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if few and kernels.serves("linear_step", x):
+            return torch.ops.speechkit.linear_step(x, self.weight, self.bias, scale=self.scale)
+        if self.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight if self.scale is None else weight * self.scale[:, None], self.bias)
+
+    def shrink(self, dtype: torch.dtype) -> None:
+        """Round the weight to bfloat16, or to int8 with a scale for each row. There is no way back."""
+        weight, self.rounded_from = self.weight.detach(), self.weight.dtype
+        if dtype == torch.int8:
+            self.scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+            weight = (weight / self.scale[:, None]).round()
+        self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+
+
+def shrink(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights of all `Linear` maps inside ``module``: a stream of small batches waits for little else.
+
+    Sums stay in float32, so what changes is what rounding the weights changes. The module can no longer be trained.
+
+    Args:
+        dtype: ``torch.bfloat16`` (half the bytes) or ``torch.int8`` (a quarter).
+
+    Raises:
+        ValueError: for another type, or weights that are rounded already.
+    """
+    maps = [part for part in module.modules() if isinstance(part, Linear)]
+    if dtype not in (torch.bfloat16, torch.int8) or any(part.weight.dtype != torch.float32 for part in maps):
+        found = sorted({str(part.weight.dtype) for part in maps})
+        raise ValueError(
+            f"shrink must go from torch.float32 to torch.bfloat16 or torch.int8, but goes from {', '.join(found)} to "
+            f"{dtype}; load the model anew, and shrink it once."
+        )
+    for part in maps:
+        part.shrink(dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -41,6 +103,14 @@ class BatchNorm(nn.Module):
         y[mask] = self.norm(x[mask]).to(y.dtype)
         return y
 
+    def fold(self, weight: Float[Tensor, "D K"], bias: Float[Tensor, "D"] | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a depthwise convolution that does what it did and this normalisation behind it."""
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = norm.bias - norm.running_mean * scale
+        return weight * scale[:, None], shift if bias is None else shift + bias * scale
+
 
 class Scale(nn.Module):
     """A learned scale and shift in the place of a pre-norm (Squeezeformer, section 3.2, "adaptive scale")."""
@@ -59,10 +129,10 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = True) -> None:
         super().__init__(
-            nn.Linear(dim, hidden, bias=bias),
+            Linear(dim, hidden, bias=bias),
             nn.SiLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden, dim, bias=bias),
+            Linear(hidden, dim, bias=bias),
             nn.Dropout(dropout),
         )
 
@@ -133,19 +203,35 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         inner = dim if gated else 2 * dim
-        self.widen = nn.Linear(dim, 2 * dim, bias=bias)
+        self.widen = Linear(dim, 2 * dim, bias=bias)
         self.gate = nn.GLU() if gated else nn.SiLU()
         self.depthwise = DepthwiseConv(dim=inner, kernel=kernel, causal=causal, bias=bias)
         self.norm = norm(inner)
-        self.project = nn.Linear(inner, dim, bias=bias)
+        self.project = Linear(inner, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def init_state(self, batch: int) -> Tensor:
         return self.depthwise.init_state(batch)
 
     def forward(self, x: Frames, lengths: Lengths, state: Tensor | None = None) -> tuple[Frames, Tensor | None]:
+        if state is not None and self._fuses(x):
+            return self.project(self._fused(self.widen(x), lengths, state)), state
         y, state = self.depthwise(self.gate(self.widen(x)), lengths, state)
         return self.dropout(self.project(F.silu(self.norm(y, lengths)))), state
+
+    def _fuses(self, x: Tensor) -> bool:
+        known = isinstance(self.norm, LayerNorm | BatchNorm)
+        return known and not (self.training or torch.is_grad_enabled()) and kernels.serves("conv_step", x)
+
+    def _fused(self, x: Tensor, lengths: Lengths, state: Tensor) -> Tensor:
+        """Gate, filter, norm and SiLU in one operator, which also moves ``state`` on, in place."""
+        weight, bias, options = self.depthwise.conv.weight[:, 0], self.depthwise.conv.bias, {}
+        if isinstance(self.norm, BatchNorm):
+            weight, bias = self.norm.fold(weight, bias)
+        else:
+            options = dict(norm_weight=self.norm.weight, norm_bias=self.norm.bias, eps=self.norm.eps)
+        gated, slots = isinstance(self.gate, nn.GLU), kernels.rows(len(x), x.device)
+        return torch.ops.speechkit.conv_step(x, weight, bias, state, slots, lengths, gated=gated, **options)
 
 
 def _keep_variance(module: nn.Module) -> None:
@@ -203,10 +289,10 @@ class Subsampling(nn.Module):
         for stage in range(stages):
             source = channels if stage else 1
             depthwise = separable and stage > 0
-            conv = nn.Conv2d(source, channels, 3, stride=2, padding=(0, 1), groups=source if depthwise else 1)
+            conv = nn.Conv2d(source, channels, 3, groups=source if depthwise else 1)
             self.stages.append(nn.Sequential(conv, nn.Conv2d(channels, channels, 1)) if depthwise else conv)
             self.bands.append((self.bands[-1] + before) // 2)
-        self.linear = nn.Linear(channels * self.bands[-1], dim)
+        self.linear = Linear(channels * self.bands[-1], dim)
         self.dropout = nn.Dropout(dropout)
         self.channels, self.before, self.stride = channels, before, 2**stages
         self.apply(_keep_variance)
@@ -214,7 +300,7 @@ class Subsampling(nn.Module):
     def init_state(self, batch: int) -> tuple[Tensor, ...]:
         """The remembered frames of each stage, ``[B, before, bands, channels]``."""
         widths = [1, *[self.channels] * (len(self.stages) - 1)]
-        new = self.linear.weight.new_zeros
+        new = self.linear.new_zeros
         return tuple(new(batch, self.before, bands, width) for bands, width in zip(self.bands, widths, strict=False))
 
     def forward(
@@ -234,7 +320,15 @@ class Subsampling(nn.Module):
         self, stage: nn.Module, x: Tensor, lengths: Lengths, tail: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         seen, tail = carry(tail, keep_valid(x, lengths), lengths)
-        before = self.before + x.shape[1] - seen.shape[1]
-        # the convolution itself pads one band on both sides
-        seen = F.pad(seen.permute(0, 3, 1, 2), (self.before - 1, 0, before, x.shape[1] % 2))  # [B, C, T, F]
-        return F.relu(stage(seen)).permute(0, 2, 3, 1), tail
+        before, after = self.before + x.shape[1] - seen.shape[1], x.shape[1] % 2
+        if before or after:
+            seen = F.pad(seen, (0, 0, 0, 0, before, after))
+        conv, *pointwise = cast(Sequence[nn.Conv2d], stage if isinstance(stage, nn.Sequential) else [stage])
+        bands = (x.shape[2] + self.before) // 2
+        # as many zeros behind the last band as before the first; the output that only they are for is dropped
+        padding = (0, self.before)
+        y = F.conv2d(seen.permute(0, 3, 1, 2), conv.weight, conv.bias, 2, padding, groups=conv.groups)
+        y = y[..., :bands].permute(0, 2, 3, 1)  # [B, T, F, C]
+        for point in pointwise:
+            y = F.linear(y, point.weight.flatten(1), point.bias)
+        return F.relu(y), tail

@@ -1,8 +1,9 @@
 """Everything that is hard about streaming, once.
 
 Two values carry all of it. `Context` says which keys a query may see: mask, cache size and latency follow from it.
-`Span` says which frames of this call are new. `carry` is the only memory operation: attention remembers keys with it,
-convolutions their left taps, subsampling its overlap, the filter bank its samples.
+`Span` says which frames of this call are new. `carry` remembers: convolutions their left taps, subsampling its
+overlap, the filter bank its samples. Attention keeps its keys in a ring (`speechkit.attention.ring`), where a kernel
+can read and append in place.
 
 State is a pytree in which **tuples and dicts are structure, tensors have the stream on axis 0, and a list has one
 item a stream**. So a server resets, pauses, joins or drops a stream by its row (`take`, `put`), and knows nothing
@@ -79,6 +80,14 @@ class Context:
                     f"{stride} times slower, but is {frames}; the next one up is {frames + -frames % stride}."
                 )
         return Context(**{name: None if frames is None else frames // stride for name, frames in slow.items()})
+
+    @property
+    def streams(self) -> bool:
+        """Whether a stream can live in it, see `streamable`."""
+        try:
+            return bool(self.streamable())
+        except ValueError:
+            return False
 
     def latency(self) -> int:
         """Frames a stream waits at most before a frame can be encoded: one chunk.

@@ -288,8 +288,7 @@ class Transcribe(Task):
         super().__init__(optim=optim, seed=seed)
         self.recogniser, self.context = recogniser, context
         self.tempo, self.spec_augment = tempo, spec_augment
-        streams = recogniser.context.chunk is not None
-        self.contexts = {"wer": Context()} | ({"wer_stream": recogniser.context} if streams else {})
+        self.contexts = {"wer": Context()} | ({"wer_stream": recogniser.context} if recogniser.context.streams else {})
 
     def losses(self, batch: Batch, dice: int) -> Parts:
         frames, lengths = self.features(batch)

@@ -12,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from speechkit import stream
-from speechkit.attention import Alibi, RelativePosition, Rotary, ScoreTerm, Softmax, softmax
+from speechkit import kernels
+from speechkit.attention import Alibi, RelativePosition, Rotary, ScoreTerm, Softmax
+from speechkit.attention.ring import Ring
 from speechkit.config import build, catalogue
 from speechkit.encoders import ChunkedEncoder, Conformer, Squeezeformer
 from speechkit.layers import BatchNorm, Convolution, Subsampling
@@ -52,9 +53,25 @@ def randomised(encoder: ChunkedEncoder) -> ChunkedEncoder:
 STREAMING = [name for name in names("encoder") if not name.endswith("_whole")]
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams go through the operators even where they are not compiled."""
+    monkeypatch.setattr(kernels, "serves", lambda operator, like: True)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams go through ordinary PyTorch, as they do where nothing is compiled."""
+    monkeypatch.setattr(kernels, "serves", lambda operator, like: False)
+
+
+@pytest.mark.parametrize("path", ["fused", "plain"])
 @pytest.mark.parametrize("attention", names("attention"))
 @pytest.mark.parametrize("encoder", STREAMING)
-def test_every_encoder_streams_with_every_attention(encoder: str, attention: str) -> None:
+def test_every_encoder_streams_with_every_attention(
+    encoder: str, attention: str, path: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(path)
     verify_stream(tiny(encoder, attention), features=8, context=CONTEXT, long=False)
 
 
@@ -135,13 +152,23 @@ def test_a_mechanism_that_is_no_softmax_meets_the_contract() -> None:
     verify_stream(made(None), features=8, context=CONTEXT, long=False, tolerance=5e-5)
 
 
-def tail_one_slot_short(patch: pytest.MonkeyPatch) -> None:
+def a_ring_that_is_short_by(slots: int, patch: pytest.MonkeyPatch) -> None:
     whole = Softmax.init_state
-    patch.setattr(Softmax, "init_state", lambda self, b, c: tuple(t[:, 1:] for t in whole(self, b, c)))
+
+    def short(self: Softmax, batch: int, context: Context) -> Ring:
+        ring = whole(self, batch, context)
+        return Ring(ring.cache[:, :, :, slots:].contiguous(), ring.scores)
+
+    patch.setattr(Softmax, "init_state", short)
 
 
-def carry_ignores_lengths(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(softmax, "carry", lambda tail, new, n: stream.carry(tail, new, torch.full_like(n, new.shape[1])))
+def keys_one_slot_short(patch: pytest.MonkeyPatch) -> None:
+    a_ring_that_is_short_by(CONTEXT.latency() + 1, patch)
+
+
+def memory_ignores_lengths(patch: pytest.MonkeyPatch) -> None:
+    remember = Ring.remember
+    patch.setattr(Ring, "remember", lambda s, k, v, x, t, n: remember(s, k, v, x, t, torch.full_like(n, k.shape[1])))
 
 
 def keys_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -188,8 +215,8 @@ def linear_memory_hears_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = [
-    (tail_one_slot_short, RelativePosition),
-    (carry_ignores_lengths, RelativePosition),
+    (keys_one_slot_short, RelativePosition),
+    (memory_ignores_lengths, RelativePosition),
     (keys_off_by_one, Alibi),
     (positions_restart_at_each_chunk, Rotary),
     (clock_advances_by_the_frames_it_was_given, Rotary),
@@ -201,13 +228,65 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "position"), FAULTS, ids=lambda x: getattr(x, "__name__", "linear"))
-def test_the_contract_catches(fault: Callable, position: type[ScoreTerm] | None, monkeypatch) -> None:
+def test_the_contract_catches(fault: Callable, position: type[ScoreTerm] | None, plain: None, monkeypatch) -> None:
     """The nine faults of other toolkits and of our own first drafts; without the fault the same encoder passes."""
     tolerance = 5e-5 if position is None else 1e-5
     verify_stream(made(position), features=8, context=CONTEXT, long=False, tolerance=tolerance)
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         verify_stream(made(position), features=8, context=CONTEXT, long=False, tolerance=tolerance)
+
+
+def operator(name: str, patch: pytest.MonkeyPatch, change: Callable[[list, dict], Any]) -> None:
+    """The fused operator, called with arguments that ``change`` spoils."""
+    right = getattr(torch.ops.speechkit, name)
+
+    def wrong(*arguments: Any, **options: Any) -> Tensor:
+        spoilt = list(arguments)
+        change(spoilt, options)
+        return right(*spoilt, **options)
+
+    patch.setattr(torch.ops.speechkit, name, wrong)
+
+
+def ring_without_room_for_the_chunk(patch: pytest.MonkeyPatch) -> None:
+    a_ring_that_is_short_by(1, patch)
+
+
+def attention_ignores_lengths(patch: pytest.MonkeyPatch) -> None:
+    operator("stream_attn", patch, lambda a, _: a.__setitem__(6, torch.full_like(a[6], a[0].shape[1])))
+
+
+def attention_reads_the_slot_of_another(patch: pytest.MonkeyPatch) -> None:
+    operator("stream_attn", patch, lambda a, _: a.__setitem__(4, a[4].roll(1)))
+
+
+def table_off_by_one_row(patch: pytest.MonkeyPatch) -> None:
+    def change(arguments: list, options: dict) -> None:
+        options["rel"] = options["rel"].roll(1, dims=1)
+
+    operator("stream_attn", patch, change)
+
+
+def convolution_ignores_lengths(patch: pytest.MonkeyPatch) -> None:
+    operator("conv_step", patch, lambda a, _: a.__setitem__(5, torch.full_like(a[5], a[0].shape[1])))
+
+
+FUSED_FAULTS = [
+    ring_without_room_for_the_chunk,
+    attention_ignores_lengths,
+    attention_reads_the_slot_of_another,
+    table_off_by_one_row,
+    convolution_ignores_lengths,
+]
+
+
+@pytest.mark.parametrize("fault", FUSED_FAULTS, ids=lambda fault: fault.__name__)
+def test_the_contract_catches_operators_that_are_called_wrongly(fault: Callable, fused: None, monkeypatch) -> None:
+    verify_stream(made(RelativePosition), features=8, context=CONTEXT, long=False)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        verify_stream(made(RelativePosition), features=8, context=CONTEXT, long=False)
 
 
 def test_the_contract_catches_a_state_that_grows() -> None:

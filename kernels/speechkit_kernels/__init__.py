@@ -8,6 +8,7 @@ evaluates or asks for help should pay, and whether a kernel serves must not depe
 """
 
 from speechkit_kernels import ops as ops
+from speechkit_kernels.serving import PLAIN as PLAIN
 from speechkit_kernels.serving import Serving as Serving
 from speechkit_kernels.serving import explain as explain
 from speechkit_kernels.serving import instruction_set as instruction_set

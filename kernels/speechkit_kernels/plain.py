@@ -104,7 +104,7 @@ def stream_attn(
     weights = torch.where(visible.any(-1)[:, None, :, None], weights, 0)
     out = torch.einsum("bgncs,bsgd->bcgnd", weights.unflatten(1, (G, group)).to(values.dtype), values).flatten(2, 3)
 
-    commit = frame < (qlen if keep is None else keep.long())[:, None]  # [B, C]
+    commit = frame < (qlen if keep is None else qlen.minimum(keep.long()))[:, None]  # [B, C]
     spot = query % W
     for n, new in enumerate((k, v)):
         cache[row, n, :, spot] = torch.where(commit[:, :, None, None], new.to(cache.dtype), cache[row, n, :, spot])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from speechkit_kernels import build
+from speechkit_kernels import build, cuda
 from speechkit_kernels.ops import SCHEMAS
 
 DEVICES = ("cpu", "cuda")
@@ -118,6 +118,16 @@ def _serving(operator: str, device: str) -> Serving:
     )
     if not compiled:
         missing = f"no kernel is written for {device} yet; use a device that explain() names one for."
+        if (operator, device) == ("stream_attn", "cuda"):
+            hindrance = cuda.reason()
+            missing = (
+                f"{hindrance}."
+                if hindrance
+                else (
+                    "the kernel is proved by emulation alone and has not run on a GPU yet, so it waits to be asked "
+                    "for; call speechkit_kernels.cuda.register() before the first stream."
+                )
+            )
         return Serving(operator, device, PLAIN, (device == "cpu" and _load().reason) or missing)
     name = instruction_set() if device == "cpu" else None
     if name is None:

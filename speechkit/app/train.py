@@ -239,8 +239,8 @@ def _introduce(console: Console, settings: DictConfig, model: Recogniser, data: 
     cuts = [cut for source in data.train_cuts.values() for cut in source]
     hours = sum(cut.duration for cut in cuts) / 3600
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    chunk = model.context.chunk
-    latency = "whole utterances" if chunk is None else f"streams at {1000 * chunk * model.frame_seconds:.0f} ms"
+    context, unit = model.context, 1000 * model.frame_seconds
+    latency = f"streams at {context.latency() * unit:.0f} ms" if context.streams else "whole utterances"
     rows = {
         "run": f"{settings.run}" + (f", continued from step {checkpoints.step_of(state):,}" if state else ""),
         "model": f"{type(model.encoder).__name__}, {weights:.1f} M weights, {latency}",

@@ -10,10 +10,14 @@ later, so ``query[b, i] - key[b, j]`` is the same for every stream b: a relative
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from speechkit.stream import Context
 
 Heads = Float[Tensor, "B U H K"]
 Positions = Int[Tensor, "B U"]
@@ -36,6 +40,24 @@ class ScoreTerm(nn.Module):
         self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0
     ) -> Float[Tensor, "#B H #U S"] | None:
         """What to add to the scaled score of each pair; ``q`` as ``place`` gave it."""
+        return None
+
+    @property
+    def fusable(self) -> bool:
+        """Whether `fused` says all that ``bias`` does. A scheme that changes ``bias`` alone is not."""
+        where = [next(c for c in type(self).__mro__ if name in vars(c)) for name in ("bias", "fused")]
+        return issubclass(where[1], where[0])
+
+    def fused(self, context: Context, q: Heads) -> dict[str, Any]:
+        """What the operator ``stream_attn`` needs in order to add ``bias`` itself, by the names of its arguments."""
+        return {}
+
+    def init_scores(self, batch: int, size: int, like: Tensor) -> Float[Tensor, "B H W"] | None:
+        """Room for what ``key_scores`` gives, for a scheme that scores keys by themselves."""
+        return None
+
+    def key_scores(self, position: Positions) -> Float[Tensor, "B U H"] | None:
+        """What to add to every score of each new key, for a scheme that scores keys by themselves."""
         return None
 
 
@@ -75,6 +97,11 @@ class RelativePosition(ScoreTerm):
         table = self._table(first=S - 1 - ahead, rows=S + U, like=q)
         q = (q + (self.v - self.u).to(q.dtype)).transpose(1, 2) * self.width**-0.5  # [B, H, U, K]
         return _skew(q @ table.transpose(-1, -2), S)
+
+    def fused(self, context: Context, q: Heads) -> dict[str, Any]:
+        back = context.memory() + context.latency() - 1
+        table = self._table(first=back, rows=back + 1 + context.latency(), like=q)
+        return dict(rel=table, rel_zero=back, bias_v=self.v - self.u)
 
     def _table(self, first: int, rows: int, like: Tensor) -> Float[Tensor, "H R K"]:
         """Rows for the distances ``first, first - 1, ...``: descending, so that a row ascends with the key."""
@@ -126,11 +153,19 @@ class AbsoluteKey(ScoreTerm):
         return q + self.u.to(q.dtype), k + p.to(k.dtype)
 
     def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "B H 1 S"]:
+        return self.key_scores(key).transpose(1, 2)[:, :, None].to(q.dtype)
+
+    def init_scores(self, batch: int, size: int, like: Tensor) -> Float[Tensor, "B H W"]:
+        return like.new_zeros(batch, self.heads, size, dtype=torch.promote_types(like.dtype, torch.float32))
+
+    def key_scores(self, position: Positions) -> Float[Tensor, "B U H"]:
         # (v - u) . (W e) = e . (W^T (v - u)): one vector a head, instead of one product a key
         weight = self.linear.weight.view(self.heads, self.width, self.dim)
         direction = torch.einsum("hkd,hk->dh", weight, self.v - self.u) * self.width**-0.5
-        scores = sinusoid(key, self.dim, weight.dtype) @ direction  # [B, S, H]
-        return scores.transpose(1, 2)[:, :, None].to(q.dtype)
+        return sinusoid(position, self.dim, weight.dtype) @ direction
+
+    def fused(self, context: Context, q: Heads) -> dict[str, Any]:
+        return {}  # `key_scores` are remembered beside the keys
 
 
 class Rotary(ScoreTerm):
@@ -165,6 +200,9 @@ class Alibi(ScoreTerm):
     def bias(self, q: Heads, query: Positions, key: Int[Tensor, "B S"], ahead: int = 0) -> Float[Tensor, "1 H U S"]:
         distance = (query[:1, :, None] - key[:1, None, :]).abs()
         return (-self.slopes[:, None, None] * distance[:, None]).to(q.dtype)
+
+    def fused(self, context: Context, q: Heads) -> dict[str, Any]:
+        return dict(slopes=self.slopes)
 
 
 def _slopes(heads: int) -> Float[Tensor, "H"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from speechkit.encoders.chunked import ChunkedEncoder
-from speechkit.layers import BatchNorm, Convolution, DepthwiseConv, FeedForward, Scale, Subsampling
+from speechkit.layers import BatchNorm, Convolution, DepthwiseConv, FeedForward, Linear, Scale, Subsampling
 from speechkit.stream import Context, Span, State, split
 
 Frames = Float[Tensor, "B U D"]
@@ -104,8 +104,8 @@ class Squeezeformer(ChunkedEncoder):
             for _ in range(layers)
         )
         self.shrink = DepthwiseConv(dim=dim, kernel=5, stride=HALF)
-        self.shrink_out = nn.Linear(dim, dim)
-        self.grow = nn.Linear(dim, dim)
+        self.shrink_out = Linear(dim, dim)
+        self.grow = Linear(dim, dim)
 
     def init_body(self, batch: int, context: Context) -> State:
         slow = context.slower(HALF)

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from speechkit.config import build_model, plain
 from speechkit.encoders import Conformer
+from speechkit.layers import shrink
 from speechkit.pretrained import nemotron
 from speechkit.pretrained.weights import CONFIG, WEIGHTS, fill, holds_weights, read, some
 from speechkit.recogniser import Recogniser
@@ -34,9 +36,15 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
         folder: is replaced, if it holds a model and nothing else.
 
     Raises:
-        ValueError: where the folder holds other files, or the disk refuses; the earlier model is untouched.
+        ValueError: where the folder holds other files, the disk refuses, or the weights were shrunk to int8; the
+            earlier model is untouched.
     """
     folder = Path(folder)
+    if any(weight.dtype == torch.int8 for weight in recogniser.parameters()):
+        raise ValueError(
+            f"{folder} must hold weights as they were trained, but these are rounded to int8; save the model before it "
+            f"is shrunk, it is shrunk again when it is loaded."
+        )
     draft = folder.with_name(f".{folder.name}.new")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -52,23 +60,28 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: str | Path) -> Recogniser | Conformer:
+def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Recogniser | Conformer:
     """The model of a folder, on the CPU, ready to use.
 
     Args:
         folder: what `save` wrote, or a run (whose model is in ``RUN/model``), for a recogniser; or what transformers
             wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder.
+        weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
     home = model_folder(folder)
     config = _config(home)
+    model: Recogniser | Conformer
     if nemotron.describes(config):
-        return nemotron.load(home, config)
-    recogniser = _described(home, config)
-    fill(recogniser, read(home), home)
-    return recogniser.eval()
+        model = nemotron.load(home, config)
+    else:
+        model = _described(home, config)
+        fill(model, read(home), home)
+    if weights != torch.float32:
+        shrink(model, weights)
+    return model.eval()
 
 
 def load_recogniser(folder: str | Path) -> Recogniser:

@@ -199,3 +199,24 @@ def test_a_bad_argument_is_named_in_one_sentence(message: str, by: str) -> None:
     with pytest.raises(ValueError, match=f"^linear_step: {message}.*") as error:
         step(given["x"], given["weight"], given["bias"], scale=given["scale"])
     assert str(error.value).count("\n") == 0
+
+
+VIEWS = {
+    "one frame a row, its stride a leftover": lambda x: x[:, 0].as_strided((6, 1, 24), (x.stride(0), 1, 1)),
+    "one row, its stride a leftover": lambda x: x[0].as_strided((1, 5, 24), (7, 24, 1)),
+    "frames first": lambda x: x.transpose(0, 1),
+    "every other row": lambda x: x[::2],
+    "every other frame": lambda x: x[:, ::2],
+    "one frame of a longer call": lambda x: x[:, 2:3],
+    "the same row again": lambda x: x[:1, :1].expand(4, 3, 24),
+    "every other number": lambda x: torch.cat([x, x], dim=-1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_view_of_x_is_read_where_it_lies(view: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(10, 24, generator=generator)
+    x = VIEWS[view](torch.randn(6, 5, 24, generator=generator))
+    speechkit_kernels.ready()
+    torch.testing.assert_close(torch.ops.speechkit.linear_step(x, weight, None), F.linear(x, weight))

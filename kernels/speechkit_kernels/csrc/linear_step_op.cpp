@@ -57,11 +57,17 @@ void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const
   per_row("scale", scale);
 }
 
-// Whether the rows [..., K] of x are apart by one stride, and their numbers side by side.
-bool in_rows(const Tensor& x) {
-  for (int64_t d = 0; d + 2 < x.dim(); ++d)
-    if (x.size(d) > 1 && x.stride(d) != x.size(d + 1) * x.stride(d + 1)) return false;
-  return x.size(-1) == 1 || x.stride(-1) == 1;
+// How far apart the rows [..., K] of x are, if that is one number and a row's numbers lie side by side; else -1.
+// Dimensions of size 1 have no say: torch lets their strides be anything.
+int64_t row_stride(const Tensor& x) {
+  int64_t stride = 0, rows = 1;
+  for (int64_t d = x.dim() - 2; d >= 0; --d) {
+    if (x.size(d) == 1) continue;
+    if (rows == 1) stride = x.stride(d);
+    if (x.stride(d) != rows * stride) return -1;
+    rows *= x.size(d);
+  }
+  return x.size(-1) == 1 || x.stride(-1) == 1 ? stride : -1;
 }
 
 MaybeTensor dense(const MaybeTensor& tensor) {
@@ -75,7 +81,8 @@ const float* data(const MaybeTensor& tensor) {
 Tensor linear_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor& given_bias,
                    const MaybeTensor& given_scale, bool silu) {
   check(given_x, weight, given_bias, given_scale);
-  const Tensor x = in_rows(given_x) ? given_x : torch::stable::contiguous(given_x);
+  const bool in_rows = row_stride(given_x) >= 0;
+  const Tensor x = in_rows ? given_x : torch::stable::contiguous(given_x);
   const MaybeTensor bias = dense(given_bias), scale = dense(given_scale);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -86,7 +93,7 @@ Tensor linear_step(const Tensor& given_x, const Tensor& weight, const MaybeTenso
   const LinearStepKernel kernel = choose(kind(weight));
   LinearStep l{out.numel() / N, N, K, silu};
   l.x = data(x);
-  l.x_row = x.dim() > 1 ? x.stride(-2) : 0;
+  l.x_row = in_rows ? row_stride(x) : K;
   l.weight = weight.const_data_ptr();
   l.weight_row = weight.stride(0);
   l.scale = data(scale);
