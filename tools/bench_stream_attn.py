@@ -97,6 +97,7 @@ def sdpa(layer: Layer) -> Step:
 def flex(layer: Layer) -> Step:
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # one for each size and type; past the limit it runs uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def step() -> Tensor:
