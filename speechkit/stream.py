@@ -13,7 +13,7 @@ of what is inside.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -288,6 +288,19 @@ def state_bytes(state: State) -> int:
 
     _map(add, state)
     return total
+
+
+def leaves(state: State) -> list[Any]:
+    """What a state consists of beside its structure, in order."""
+    found: list[Any] = []
+    _map(found.append, state)
+    return found
+
+
+def with_leaves(state: State, new: Iterable[Any]) -> State:
+    """The structure of ``state`` with other leaves."""
+    following = iter(new)
+    return _map(lambda _: next(following), state)
 
 
 def _map(function: Any, state: State, *others: State) -> State:

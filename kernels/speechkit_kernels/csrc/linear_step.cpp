@@ -3,6 +3,8 @@
 // With few rows of x the time is that of reading the weight from memory, so that is read once, while what comes next is
 // fetched; x, which is small, is read again for every few rows of it.
 //
+// x may pass a layer norm on its way into the layout that is read, and the result be added to something on its way out.
+//
 // An element of the result is one vector of sums over K, in ascending order, and then the sum of its lanes in a fixed
 // order: so a row's result is equal bit for bit alone and among others, wherever it stands, on any number of threads.
 #include "linear_step.h"
@@ -135,7 +137,9 @@ struct Linear {
     Floats y = load(sums);
     if (l.scale) y *= load(l.scale + column, n);
     if (l.bias) y += load(l.bias + column, n);
-    store(l.out + row * l.N + column, l.silu ? y * sigmoid(y) : y, n);
+    y = (l.silu ? y * sigmoid(y) : y) * l.factor;
+    if (l.add) y += load(l.add + row * l.add_row + column, n);
+    store(l.out + row * l.N + column, y, n);
   }
 
   void run(int64_t index) const {
@@ -166,10 +170,35 @@ struct Linear {
   void pack() const {
     float* to = l.packed;
     for_groups([&](const Group& group) {
-      for (int64_t k = 0; k < l.K; k += lanes)
-        for (int64_t i = 0; i < group.rows; ++i, to += lanes)
-          store(to, load(l.x + (group.row + i) * l.x_row + k, static_cast<int>(l.K - k)));
+      Moments moments[most_rows];
+      for (int64_t i = 0; l.norm_weight && i < group.rows; ++i) moments[i] = moments_of(l.x + (group.row + i) * l.x_row);
+      for (int64_t k = 0; k < l.K; k += lanes) {
+        const int n = static_cast<int>(l.K - k);
+        for (int64_t i = 0; i < group.rows; ++i, to += lanes) {
+          Floats x = load(l.x + (group.row + i) * l.x_row + k, n);
+          if (l.norm_weight)
+            x = (x - moments[i].mean) * moments[i].scale * load(l.norm_weight + k, n) + load(l.norm_bias + k, n);
+          store(to, x);
+        }
+      }
     });
+  }
+
+  // Of a row, for its layer norm.
+  struct Moments {
+    float mean, scale;
+  };
+
+  Moments moments_of(const float* x) const {
+    Floats total{}, squares{};
+    for (int64_t k = 0; k < l.K; k += lanes) total += load(x + k, static_cast<int>(l.K - k));
+    const float mean = sum(total) / l.K;
+    for (int64_t k = 0; k < l.K; k += lanes) {
+      const int n = static_cast<int>(l.K - k);
+      const Floats apart = load(x + k, n) - mean;
+      squares += n < lanes ? keep_first(apart * apart, n) : apart * apart;
+    }
+    return {mean, 1 / std::sqrt(sum(squares) / l.K + l.eps)};
   }
 };
 
