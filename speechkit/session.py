@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser, samples_of
 from speechkit.search import Endpoint, Search, stable_prefix
-from speechkit.stream import Context, put, state_bytes, take
-from speechkit.types import Hypothesis, Seconds, Transcript, Word
+from speechkit.stream import Context, put, state_bytes, take, write
+from speechkit.traced import Traced
+from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript, Word
 
 CHUNK: Seconds = 0.64
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # streams a step is traced for; fewer than the next size go with it
 LEFT: Seconds = 2.56  # four such chunks cost 0.07 % CER against all of the past (wenet runtime/gpu, WenetSpeech)
 
 
@@ -129,6 +131,21 @@ class Session:
         self._streams: list[_Stream | None] = [None] * slots
         self._state = recogniser.init_state(slots, context=self.context)
         self._found = self.search.init_state(slots)
+        self._step, self._traced = Traced(recogniser.stream), list[int]()
+
+    @torch.inference_mode()
+    def trace(self, most: int = 8) -> None:
+        """Find out now what a step of up to ``most`` streams consists of, see `Traced`: a second or so for each size.
+
+        Before the first stream. Without it every step walks through the modules of the model, which takes some
+        milliseconds more. Steps of more streams do so in any case: there it hardly counts.
+        """
+        for size in (size for size in SIZES if size <= min(most, len(self._streams))):
+            samples, lengths = torch.zeros(size, self.chunk), torch.full((size,), self.chunk)
+            state = self.recogniser.init_state(size, context=self.context)
+            device = self.recogniser.device
+            self._step.know(samples.to(device), lengths.to(device), state, context=self.context)
+            self._traced.append(size)
 
     @property
     def free(self) -> int:
@@ -219,10 +236,7 @@ class Session:
         if not rows:
             return []
         samples, lengths = self._cut(rows)
-        everyone = len(rows) == len(self._streams)  # then nothing has to be gathered or put back
-        state = self._state if everyone else take(self._state, rows)
-        encoded, state = self.recogniser.stream(samples, lengths, state, context=self.context)
-        self._state = state if everyone else put(self._state, rows, state)
+        encoded = self._encode(rows, samples, lengths)
         beams, found = self.search.step(encoded, take(self._found, rows))
         self._found = put(self._found, rows, found)
         for slot, frames in zip(rows, encoded.lengths.tolist(), strict=True):
@@ -231,6 +245,20 @@ class Session:
         over = [slot for slot, beam in zip(rows, beams, strict=True) if slot in ended or self._endpoint(slot, beam)]
         readings = dict(zip(rows, beams, strict=True)) | dict(zip(over, self._conclude(over), strict=True))
         return [self._update(slot, beam, slot in over, slot in ended) for slot, beam in readings.items()]
+
+    def _encode(self, rows: list[int], samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> EncoderOutput:
+        """The next frames of the streams ``rows``, whose state moves on."""
+        size = next((size for size in self._traced if size >= len(rows)), None)
+        if size is None:
+            encoded, state = self.recogniser.stream(samples, lengths, take(self._state, rows), context=self.context)
+        else:  # rows that are too many repeat the first, and say nothing
+            more = size - len(rows)
+            samples, lengths = nn.functional.pad(samples, (0, 0, 0, more)), nn.functional.pad(lengths, (0, more))
+            state = take(self._state, rows + rows[:1] * more)
+            encoded, state = self._step(samples, lengths, state, context=self.context)
+            encoded = EncoderOutput(encoded.frames[: len(rows)], encoded.lengths[: len(rows)])
+        write(self._state, rows, state)
+        return encoded
 
     def _open(self, slot: int) -> _Stream:
         stream = self._streams[slot] if 0 <= slot < len(self._streams) else None

@@ -253,7 +253,7 @@ def keep_valid(x: Tensor, lengths: Int[Tensor, "B"]) -> Tensor:
 
 def take(state: State, rows: Sequence[int]) -> State:
     """The state of some streams, in that order; repeats are allowed."""
-    return _map(lambda x: x[list(rows)].clone() if isinstance(x, Tensor) else [x[r] for r in rows], state)
+    return _map(lambda x: x[list(rows)] if isinstance(x, Tensor) else [x[r] for r in rows], state)
 
 
 def put(state: State, rows: Sequence[int], fresh: State) -> State:
@@ -270,6 +270,15 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
         return old
 
     return _map(replace, state, fresh)
+
+
+def write(state: State, rows: Sequence[int], fresh: State) -> None:
+    """As `put`, in place: the tensors of ``state`` take the first ``len(rows)`` streams of ``fresh``."""
+
+    def replace(old: Any, new: Any) -> None:
+        old[list(rows)] = new[: len(rows)]
+
+    _map(replace, state, fresh)
 
 
 def clone_state(state: State) -> State:
