@@ -71,7 +71,8 @@ void check(const Tensor& x, const Tensor& weight, const Options& options) {
   vector("norm_weight", options.norm_weight, K);
   vector("norm_bias", options.norm_bias, K);
   if (!options.add) return;
-  const std::vector<int64_t> sizes = sizes_of_result(x, weight), found(options.add->sizes().begin(), options.add->sizes().end());
+  const auto given = options.add->sizes();
+  const std::vector<int64_t> sizes = sizes_of_result(x, weight), found(given.begin(), given.end());
   if (found != sizes)
     refuse("linear_step: add must be ", shape_text(sizes), ", but has the shape ", shape_text(found), ".");
   arguments.dtype("add", *options.add, ScalarType::Float);
