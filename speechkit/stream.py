@@ -272,6 +272,12 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
     return _map(replace, state, fresh)
 
 
+def stack(states: Sequence[State]) -> State:
+    """The states of some streams as that of a batch, in that order."""
+    first, *others = states
+    return _map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else sum(rows, []), first, *others)
+
+
 def clone_state(state: State) -> State:
     """A copy that a step can consume while the original lives on."""
     return _map(lambda x: x.clone() if isinstance(x, Tensor) else list(x), state)

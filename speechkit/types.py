@@ -17,7 +17,7 @@ occurs inside a label sequence, also the boundary (start and end of sentence) of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -84,3 +84,8 @@ class Transcript:
     text: str
     words: tuple[Word, ...]
     seconds: Seconds
+
+    def later(self, by: Seconds) -> Transcript:
+        """The same, heard after ``by`` seconds of something else."""
+        words = tuple(replace(word, start=word.start + by, end=word.end + by) for word in self.words) if by else self.words
+        return Transcript(self.text, words, self.seconds + by)
