@@ -4,8 +4,8 @@ A `Session` is synchronous and holds no thread: `push` only remembers samples, `
 whole chunk of them, by one chunk, all in one batch. A stream is cut into the same chunks however it was pushed, so its
 results are the same in any division and beside any number of other streams. See docs/streaming.md.
 
-What is heard of a stream are its regions: all of it is one, or, behind a `Vad`, every stretch of speech. Each begins with
-a fresh row of the state, so a stream in silence costs no step of the model, and positions never grow beyond a region.
+What is heard of a stream are its regions: all of it is one, or, behind a `Vad`, every stretch of speech. Each begins
+with a fresh row of the state: a stream in silence costs no step of the model, and positions grow within a region only.
 """
 
 from __future__ import annotations

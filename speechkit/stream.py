@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -274,8 +275,7 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
 
 def stack(states: Sequence[State]) -> State:
     """The states of some streams as that of a batch, in that order."""
-    first, *others = states
-    return _map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else sum(rows, []), first, *others)
+    return _map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else [*chain(*rows)], *states)
 
 
 def clone_state(state: State) -> State:

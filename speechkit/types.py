@@ -87,5 +87,7 @@ class Transcript:
 
     def later(self, by: Seconds) -> Transcript:
         """The same, heard after ``by`` seconds of something else."""
-        words = tuple(replace(word, start=word.start + by, end=word.end + by) for word in self.words) if by else self.words
+        words = (
+            tuple(replace(word, start=word.start + by, end=word.end + by) for word in self.words) if by else self.words
+        )
         return Transcript(self.text, words, self.seconds + by)

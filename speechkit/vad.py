@@ -101,7 +101,7 @@ class Run(NamedTuple):
 
     now: int = 0
     speech: bool = False
-    count: int = 0  # frames of speech in this run; 0 outside of one
+    voiced: int = 0  # frames of speech in this run; 0 outside of one
     first: int = 0
     last: int = 0  # the frame after its last speech
     end: int = 0  # of the region before
@@ -142,27 +142,27 @@ class Gate:
             )
         for name in ("shortest", "before", "hang"):
             value = getattr(self, name)
-            if not (0 < value < math.inf or name == "before" and value == 0):
+            if not (0 < value < math.inf or (name == "before" and value == 0)):
                 raise ValueError(f"Gate.{name} must be a finite number of seconds above 0, but is {value}.")
 
     def step(self, run: Run, probability: float, frame: Seconds) -> Run:
         """After one more frame of ``frame`` seconds."""
         now, speech = run.now + 1, probability >= (self.release if run.speech else self.threshold)
         if speech:
-            first = run.first if run.count else run.now
-            return Run(now, True, run.count + 1, first, now, run.end)
-        if run.count and now - run.last >= _frames(self.hang, frame):
+            first = run.first if run.voiced else run.now
+            return Run(now, True, run.voiced + 1, first, now, run.end)
+        if run.voiced and now - run.last >= _frames(self.hang, frame):
             over = self.opened(run, frame)
             return Run(now, end=now if over else run.end, over=over)
         return run._replace(now=now, speech=False, over=False)
 
     def opened(self, run: Run, frame: Seconds) -> bool:
         """Whether a run is a region."""
-        return run.count >= _frames(self.shortest, frame)
+        return run.voiced >= _frames(self.shortest, frame)
 
     def start(self, run: Run, frame: Seconds) -> int:
         """The first frame of the region that a run is, or may become."""
-        return max(run.end, (run.first if run.count else run.now) - _frames(self.before, frame))
+        return max(run.end, (run.first if run.voiced else run.now) - _frames(self.before, frame))
 
 
 def _frames(seconds: Seconds, frame: Seconds) -> int:
@@ -182,7 +182,7 @@ class Vad:
     """A detector and a gate: what the streams of a `speechkit.session.Session` are heard through."""
 
     detector: Detector = field(default_factory=Silero)
-    gate: Gate = Gate()  # noqa: RUF009 - a frozen value
+    gate: Gate = Gate()
 
     @property
     def frame_seconds(self) -> Seconds:
