@@ -354,10 +354,8 @@ class Session:
 
 def transcript(updates: Iterable[Update]) -> Transcript:
     """The whole of one stream, from its updates; only the final ones matter."""
-    finals = [update for update in updates if update.final]
-    text = " ".join(update.text for update in finals if update.text)
-    words = tuple(word for update in finals for word in update.words)
-    return Transcript(text, words, finals[-1].seconds if finals else 0.0)
+    finals = [Transcript(update.text, update.words, update.seconds) for update in updates if update.final]
+    return Transcript.joined(finals, finals[-1].seconds if finals else 0.0)
 
 
 def transcribe(session: Session, clips: Sequence[np.ndarray | Tensor]) -> list[Transcript]:

@@ -17,6 +17,7 @@ occurs inside a label sequence, also the boundary (start and end of sentence) of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -91,3 +92,10 @@ class Transcript:
             tuple(replace(word, start=word.start + by, end=word.end + by) for word in self.words) if by else self.words
         )
         return Transcript(self.text, words, self.seconds + by)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Transcript], seconds: Seconds) -> Transcript:
+        """What was heard one after the other, of ``seconds`` altogether."""
+        parts = list(parts)
+        text = " ".join(part.text for part in parts if part.text)
+        return cls(text, tuple(word for part in parts for word in part.words), seconds)

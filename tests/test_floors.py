@@ -17,7 +17,7 @@ FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
     ("features", "testing", "kernels", "vad"),
-    ("data",),
+    ("data", "cut"),
     ("layers",),
     ("attention",),
     ("encoders",),
