@@ -116,7 +116,22 @@ def _transcribe(verbs: argparse._SubParsersAction, common: argparse.ArgumentPars
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
     verb.add_argument("--timestamps", action="store_true", help="a line a word: start, end, confidence, word")
     verb.add_argument("--search", metavar="NAME", help="a file of conf/search/; the model's own unless given")
-    verb.add_argument("--batch", type=_count, default=16, metavar="N", help="files at a time (default 16)")
+    verb.add_argument(
+        "--batch", type=_count, default=16, metavar="N", help="files at a time, or clips of a long one (default 16)"
+    )
+    verb.add_argument("--vad", action="store_true", help="hear speech only, and cut long recordings between it")
+    verb.add_argument(
+        "--out", metavar="FOLDER", help="write files instead; a run that was stopped continues, what is done is skipped"
+    )
+    verb.add_argument(
+        "--format",
+        dest="formats",
+        nargs="+",
+        choices=("text", "json", "srt", "vtt"),
+        default=(),
+        metavar="F",
+        help="what is written to FOLDER: text, json, srt, vtt (default text)",
+    )
     verb.set_defaults(run=_lazy("transcribe", "transcribe"))
 
 
