@@ -44,6 +44,7 @@ DOORS = {
     "jiwer": {"metrics"},
     "torchmetrics": {"metrics"},
     "rich": {"app"},
+    "sounddevice": {"app"},
     "matplotlib": {"pictures"},
     "librosa": {"pictures"},
 }
