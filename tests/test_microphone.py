@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from overfit import Overfit
 from test_cli import assert_refused, output
 from test_vad import LOUD, with_rests
 from tiny import node, sound, tiny
@@ -108,16 +109,9 @@ def test_a_microphone_is_heard_like_a_file_and_ctrl_c_ends_it_with_its_last_word
     assert (card.opened["samplerate"], card.opened["channels"], card.opened["device"]) == (RATE, 1, None)
 
 
-def test_a_real_recording_is_heard_through_a_microphone(
-    model: str, recordings: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    samples, _ = soundfile.read(recordings / "cathy_fullband" / first(recordings / "cathy_fullband"), dtype="float32")
-    *_, text, _ = said(capsys, model=model, mic=True, card=Card(samples[: 4 * RATE], ctrl_c))[0]
-    assert text
-
-
-def first(folder: Path) -> Path:
-    return next(iter(sorted(folder.glob("audio/**/*.flac")))).relative_to(folder)
+def test_real_words_are_heard_through_a_microphone(overfit: Overfit, capsys: pytest.CaptureFixture[str]) -> None:
+    card = Card(overfit.clip(2, RATE), ctrl_c)
+    assert said(capsys, model=str(overfit.folder), mic=True, card=card)[0][-2] == overfit.text(2)
 
 
 def test_what_the_sound_card_lost_is_counted_and_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:

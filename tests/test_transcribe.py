@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from overfit import Overfit
 from test_cli import assert_refused, output
-from test_vad import LOUD, with_rests
+from test_vad import LOUD, assert_said, joined_speech, with_rests
 from tiny import node, sound, tiny
 
 import speechkit
@@ -198,6 +199,20 @@ def test_behind_voice_activity_only_speech_is_heard(here: Path, capsys: Any, mon
     assert [w["start"] for w in line["words"]] == [round(at + w.start, 3) for at, heard in found for w in heard.words]
     streamed = output(capsys, "transcribe", "model", "rests.wav", "--vad", "--stream")[1]
     assert streamed.strip() and streamed != output(capsys, "transcribe", "model", "rests.wav", "--stream")[1]
+
+
+@pytest.mark.parametrize("vad", [False, True])
+def test_real_words_of_a_long_file_are_neither_lost_nor_doubled_and_have_their_times(
+    overfit: Overfit, tmp_path: Path, capsys: Any, vad: bool
+) -> None:
+    if vad:
+        pytest.importorskip("silero_vad", reason="the package silero-vad is not installed")
+    clip, words = joined_speech(overfit, 200.0)
+    soundfile.write(tmp_path / "long.wav", clip.numpy(), 16000)
+    options = ["--json", *["--vad"] * vad]
+    line = json.loads(output(capsys, "transcribe", overfit.folder, tmp_path / "long.wav", *options)[1])
+    found = tuple(Word(w["word"], w["start"], w["end"], w["confidence"]) for w in line["words"])
+    assert_said(Transcript(line["text"], found, line["seconds"]), words)
 
 
 def test_wrong_options_of_files_are_refused(here: Path, capsys: Any) -> None:

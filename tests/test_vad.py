@@ -6,10 +6,12 @@ import importlib.util
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from overfit import Overfit
 from test_session import CHUNK, CONTEXT, assert_same, assert_same_words, pieces, run
 from tiny import sound, tiny
 
@@ -358,6 +360,33 @@ def test_an_endpoint_still_ends_a_segment_inside_a_region(model: Recogniser) -> 
         assert (word.word, word.start, word.end) == (
             wanted.word, pytest.approx(wanted.start), pytest.approx(wanted.end),
         )  # fmt: skip
+
+
+def joined_speech(overfit: Overfit, seconds: float) -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
+    """What the model knows in any order with one to three seconds of rest, and each word with where its sentence is."""
+    dice, clips, words, at = random.Random(0), [], [], 0
+    while at < seconds * 16000:
+        number, rest = dice.randrange(len(overfit.texts)), torch.zeros(dice.randrange(16000, 48000))
+        clips += [rest, torch.from_numpy(overfit.clip(number))]
+        start, at = at + len(rest), at + len(rest) + len(clips[-1])
+        words += [(word, start / 16000, at / 16000) for word in overfit.text(number).split()]
+    return torch.cat(clips), words
+
+
+def assert_said(found: Transcript, words: list[tuple[str, float, float]]) -> None:
+    """All of the words, in order, each where its sentence is."""
+    assert found.text.split() == [word.word for word in found.words] == [word for word, _, _ in words]
+    for word, (_, start, end) in zip(found.words, words, strict=True):
+        assert start - 0.1 <= word.start < word.end <= end + 0.1
+
+
+def test_real_words_between_rests_are_heard_with_their_times(silero: Silero, overfit: Overfit) -> None:
+    clip, words = joined_speech(overfit, 60.0)
+    updates = run(Session(overfit.recogniser, vad=Vad(detector=silero)), clip, sizes=pieces(len(clip), 0))
+    assert_said(transcript(updates), words)
+    assert (
+        len({update.segment for update in updates if update.text}) == sum(w[1] != v[1] for w, v in pairwise(words)) + 1
+    )
 
 
 def test_a_detector_for_another_rate_is_refused(model: Recogniser) -> None:
