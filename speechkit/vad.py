@@ -73,7 +73,8 @@ class Silero:
         seen = torch.cat([tail, samples.double()], dim=1)
         frames = seen.unfold(1, self.tail + self.frame, self.frame).flatten(0, 1)  # [B * T, N]
         frames = F.pad(frames, (0, self.tail), mode="reflect").unfold(1, self.window, self.hop)  # [B * T, 4, N]
-        x = torch.fft.rfft(frames * self.shape).abs().transpose(1, 2)  # [B * T, F, 4]
+        bins = torch.fft.rfft(frames * self.shape)
+        x = (bins.real.square() + bins.imag.square()).sqrt().transpose(1, 2)  # [B * T, F, 4]
         for weight, bias, stride in self.convolutions:
             taps = F.pad(x, (1, 1)).unfold(2, 3, stride).transpose(1, 2).flatten(2)  # [B * T, 4 ... 1, 3 F]
             x = F.linear(taps, weight, bias).relu().transpose(1, 2)
@@ -254,12 +255,12 @@ class Voices:
         """Go on by frames that are so likely to be speech."""
         gate, seconds = self.vad.gate, self.vad.frame_seconds
         for probability in probabilities:
-            self.run = gate.step(self.run, probability, seconds)
+            before, self.run = self.run, gate.step(self.run, probability, seconds)
             if self.run.over:
-                self._give(self._start, over=True)
-            elif gate.opened(self.run, seconds):
-                self._give(gate.start(self.run, seconds) * self.vad.detector.frame, over=False)
-        if not gate.opened(self.run, seconds):
+                self._give(before, over=True)
+        if gate.opened(self.run, seconds):
+            self._give(self.run, over=False)
+        else:
             self._forget(gate.start(self.run, seconds) * self.vad.detector.frame)
 
     def close(self) -> None:
@@ -268,8 +269,8 @@ class Voices:
             self._pieces.append(Piece(self._start + len(self._held), torch.zeros(0), True))
             self.ended = True
 
-    def _give(self, start: int, over: bool) -> None:
-        self._forget(start)
+    def _give(self, run: Run, over: bool) -> None:
+        self._forget(self.vad.gate.start(run, self.vad.frame_seconds) * self.vad.detector.frame)
         samples = self._held[: self.heard - self._start]
         self._pieces.append(Piece(self._start, samples, over))
         self._forget(self._start + len(samples))
