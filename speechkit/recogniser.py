@@ -128,8 +128,8 @@ class Recogniser(nn.Module):
     ) -> Transcript | list[Transcript]:
         """The text of recordings: files of any rate and number of channels, or samples ``[N]`` at the model's rate.
 
-        Memory is bounded: recordings are encoded in batches of similar length, and one beyond two minutes is cut at its
-        quietest places into clips of 10 to 20 s (`speechkit.cut`), each heard from a fresh state.
+        Memory beside the samples is bounded: recordings are encoded in batches of similar length, and one beyond two
+        minutes is cut at its quietest places into clips of 10 to 20 s (`speechkit.cut`), each heard from a fresh state.
 
         Args:
             audio: one recording, or several.

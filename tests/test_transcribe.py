@@ -16,7 +16,7 @@ import soundfile
 import torch
 from overfit import Overfit
 from test_cli import assert_refused, output
-from test_vad import LOUD, assert_said, joined_speech, with_rests
+from test_vad import LOUD, assert_said, joined_speech, need_silero, with_rests
 from tiny import node, sound, tiny
 
 import speechkit
@@ -206,7 +206,7 @@ def test_real_words_of_a_long_file_are_neither_lost_nor_doubled_and_have_their_t
     overfit: Overfit, tmp_path: Path, capsys: Any, vad: bool
 ) -> None:
     if vad:
-        pytest.importorskip("silero_vad", reason="the package silero-vad is not installed")
+        need_silero()
     clip, words = joined_speech(overfit, 200.0)
     soundfile.write(tmp_path / "long.wav", clip.numpy(), 16000)
     options = ["--json", *["--vad"] * vad]
