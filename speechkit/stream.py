@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -273,11 +272,6 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
     return _map(replace, state, fresh)
 
 
-def stack(states: Sequence[State]) -> State:
-    """The states of some streams as that of a batch, in that order."""
-    return _map(lambda *rows: torch.cat(rows) if isinstance(rows[0], Tensor) else [*chain(*rows)], *states)
-
-
 def clone_state(state: State) -> State:
     """A copy that a step can consume while the original lives on."""
     return _map(lambda x: x.clone() if isinstance(x, Tensor) else list(x), state)
@@ -310,3 +304,12 @@ def _map(function: Any, state: State, *others: State) -> State:
 def split(state: State, parts: int) -> tuple[State, ...]:
     """The parts of a composite state; a fresh start gives every part a fresh start."""
     return (None,) * parts if state is None else state
+
+
+def stack(states: Sequence[State]) -> State:
+    """The states of some streams as that of a batch, in that order."""
+
+    def joined(*rows: Any) -> Any:
+        return torch.cat(rows) if isinstance(rows[0], Tensor) else [item for row in rows for item in row]
+
+    return _map(joined, *states)
