@@ -272,13 +272,23 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
     return _map(replace, state, fresh)
 
 
-def write(state: State, rows: Sequence[int], fresh: State) -> None:
-    """As `put`, in place: the tensors of ``state`` take the first ``len(rows)`` streams of ``fresh``."""
+def put_(state: State, rows: Sequence[int], fresh: State) -> State:
+    """As `put`, but written into the tensors of ``state``, which is consumed: it costs what ``fresh`` is large.
 
-    def replace(old: Any, new: Any) -> None:
-        old[list(rows)] = new[: len(rows)]
+    For who owns a state alone, with no tensor in it that is a view of another. Streams of ``fresh`` beyond
+    ``len(rows)`` are left out.
+    """
 
-    _map(replace, state, fresh)
+    def write(old: Any, new: Any) -> Any:
+        new = new[: len(rows)]
+        if isinstance(old, Tensor):
+            old[list(rows)] = new.to(old.dtype)
+        else:
+            for row, item in zip(rows, new, strict=True):
+                old[row] = item
+        return old
+
+    return _map(write, state, fresh)
 
 
 def clone_state(state: State) -> State:
@@ -326,3 +336,12 @@ def _map(function: Any, state: State, *others: State) -> State:
 def split(state: State, parts: int) -> tuple[State, ...]:
     """The parts of a composite state; a fresh start gives every part a fresh start."""
     return (None,) * parts if state is None else state
+
+
+def stack(states: Sequence[State]) -> State:
+    """The states of some streams as that of a batch, in that order."""
+
+    def joined(*rows: Any) -> Any:
+        return torch.cat(rows) if isinstance(rows[0], Tensor) else [item for row in rows for item in row]
+
+    return _map(joined, *states)
