@@ -53,6 +53,8 @@ def stream(
     source = _File(file, realtime) if file is not None else Microphone(card or sound_card(), device)
     recogniser = ready(model, search)
     session = Session(recogniser, context=live_context(recogniser, seconds(chunk_ms)), vad=Vad() if vad else None)
+    if mic or realtime:
+        session.trace()  # worth its second or so where every step is waited for
     clock, finals, console = _Clock(), [], Console(highlight=False)
     with _Screen(console) if console.is_terminal else _Lines() as show, _open(source, console):
         for update in _updates(session, source, clock, show):
