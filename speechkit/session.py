@@ -207,8 +207,7 @@ class Session:
         return state_bytes(self._state)
 
     def waiting(self, slot: int) -> Seconds:
-        """Audio of a stream that was pushed and not heard yet, silence left out: with a server that keeps up, less than
-        a chunk."""
+        """Audio of a stream that was pushed and is to be heard yet: with a server that keeps up, less than a chunk."""
         return self._open(slot).waiting / self.recogniser.sample_rate
 
     @torch.inference_mode()

@@ -100,8 +100,8 @@ def test_a_microphone_is_heard_like_a_file_and_ctrl_c_ends_it_with_its_last_word
     soundfile.write(tmp_path / "a.wav", samples.numpy(), RATE, subtype="FLOAT")
     (*wanted, text, report), _ = said(capsys, model=model, file=str(tmp_path / "a.wav"), vad=vad)
     card, before = Card(samples.numpy(), ctrl_c), signal.getsignal(signal.SIGINT)
-    (hint, *lines, again, told), err = said(capsys, model=model, mic=True, vad=vad, card=card)
-    assert hint == "Listening at 44100 Hz; Ctrl-C ends." and err == []
+    (*lines, again, told), err = said(capsys, model=model, mic=True, vad=vad, card=card)
+    assert err == ["speechkit: listening at 44100 Hz; Ctrl-C ends."]
     assert (lines, again) == (wanted, text) and text
     assert told.split(";")[0] == report.split(";")[0] == f"{len(samples) / RATE:.2f} s of audio"
     assert re.search(r"latency: a chunk of 320 ms and \d+ ms to hear it", told)
@@ -116,14 +116,14 @@ def test_real_words_are_heard_through_a_microphone(overfit: Overfit, capsys: pyt
 
 def test_what_the_sound_card_lost_is_counted_and_said(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = said(capsys, model=model, mic=True, card=Card(sound(1.0).numpy(), ctrl_c, overflows=3))
-    assert err == ["speechkit: The sound card lost audio 3 times, because this machine was too busy."]
+    assert err[1:] == ["speechkit: The sound card lost audio 3 times, because this machine was too busy."]
 
 
 def test_a_microphone_that_is_unplugged_ends_with_what_was_said_and_says_so(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (*_, text, _), err = said(capsys, model=model, mic=True, card=Card(sound(1.5).numpy()))
-    assert text and err == ["speechkit: The microphone stopped by itself; see whether it is still connected."]
+    assert text and err[1:] == ["speechkit: The microphone stopped by itself; see whether it is still connected."]
 
 
 def test_the_callback_never_waits_and_loses_what_a_slow_model_cannot_hear() -> None:

@@ -56,7 +56,7 @@ def stream(
     if mic or realtime:
         session.trace()  # worth its second or so where every step is waited for
     clock, finals, console = _Clock(), [], Console(highlight=False)
-    with _Screen(console) if console.is_terminal else _Lines() as show, _open(source, console):
+    with _Screen(console) if console.is_terminal else _Lines() as show, _open(source):
         for update in _updates(session, source, clock, show):
             show(update, clock)
             if update.final:
@@ -85,9 +85,9 @@ class _File:
 
 
 @contextmanager
-def _open(source: _File | Microphone, console: Console) -> Iterator[None]:
+def _open(source: _File | Microphone) -> Iterator[None]:
     if isinstance(source, Microphone):
-        console.print(f"Listening at {source.sample_rate} Hz; Ctrl-C ends.", style="dim")
+        print(f"speechkit: listening at {source.sample_rate} Hz; Ctrl-C ends.", file=sys.stderr)
         with _interruptible(source.stop), source:
             yield
     else:
