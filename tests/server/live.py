@@ -7,11 +7,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from speechkit.app.serve import Server, listen
 from speechkit.app.serve.service import Service
@@ -82,9 +83,13 @@ async def receive(socket: ClientConnection) -> Message:
 
 
 async def rest(socket: ClientConnection) -> list[Message]:
-    """All messages until the server closes the connection."""
-    async with asyncio.timeout(30):
-        return [json.loads(message) async for message in socket]
+    """All messages until the connection is closed, by whomever."""
+    messages = []
+    with suppress(ConnectionClosed):
+        async with asyncio.timeout(30):
+            async for message in socket:
+                messages.append(json.loads(message))
+    return messages
 
 
 async def opened(socket: ClientConnection, hello: str) -> Message:

@@ -139,7 +139,7 @@ class Service:
         return page.netloc == host and (not self.local or is_local(page.hostname or ""))
 
     def _knows(self, token: object) -> bool:
-        return self.token is None or secrets.compare_digest(str(token).encode(), self.token.encode())
+        return self.token is None or secrets.compare_digest(repr(token), repr(self.token))
 
     async def _open(self, websocket: WebSocket) -> Stream:
         """The stream that the opening message asks for."""

@@ -141,6 +141,11 @@ class Stream:
             self._feed(size, arrived)
 
     @property
+    def waiting_bytes(self) -> int:
+        """Sound that was received and that the engine has not taken."""
+        return self._unheard + len(self._held)
+
+    @property
     def _whole(self) -> int:
         """Whole samples held and counted."""
         return self.received - self._fed

@@ -142,12 +142,14 @@ class Streams:
 
     def exposition(self) -> str:
         """The page of /metrics."""
-        waiting = sum(stream.drop is None for stream in self.open)
+        lost = sum(stream.drop is None for stream in self.open)
+        waiting = sum(stream.waiting_bytes for stream in self.open)
         return self.metrics.text(
             {
                 "speechkit_streams_open": ("Streams that hold a slot.", len(self.open)),
-                "speechkit_streams_waiting": ("Of them, those whose connection was lost.", waiting),
+                "speechkit_streams_lost": ("Of them, those whose connection was lost.", lost),
                 "speechkit_streams_limit": ("Streams that can be open at once.", self.limits.streams),
+                "speechkit_waiting_bytes": ("Audio that was received and not yet given to the model.", waiting),
                 "speechkit_queue_depth": ("Orders that the thread of the model has not come to.", self.engine.depth),
             }
         )
