@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,10 +90,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         remedy = "choose another one with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "check --host"
         raise ValueError(
-            f"The server must get an address of its own, but {host} port {port} cannot be had "
-            f"({error.strerror or error}); {remedy}."
+            f"The server must get an address of its own, but {host} port {port} cannot be had ({reason}); {remedy}."
         ) from error
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # RFC 5482; inherited by the connections, as the line above
