@@ -147,7 +147,7 @@ def test_only_files_of_the_page_can_be_asked_for(server: Running, page: Path) ->
 
 
 def test_every_answer_carries_the_security_headers(server: Running) -> None:
-    for path in ("/", "/page/page.js", "/page/none", "/health", "/metrics"):
+    for path in ("/", "/page/page.js", "/page/none", "/none", "/health", "/health/", "/metrics"):
         headers = httpx.get(server.http + path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
