@@ -187,6 +187,7 @@ def _serve(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
     verb.add_argument(
         "--allow-origin", nargs="+", default=(), metavar="URL", help="pages that may connect beside this server's own"
     )
+    verb.add_argument("--vad", action="store_true", help="hear speech only: silence costs no step of the model")
     verb.set_defaults(run=_lazy("serve", "serve"))
 
 
