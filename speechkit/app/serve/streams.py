@@ -103,7 +103,7 @@ class Streams:
             StreamError: where there is none.
         """
         stream = self._all.get(identity) if isinstance(identity, str) else None
-        if stream is None or stream.reason == "lost":
+        if stream is None or stream.forsaken:
             raise StreamError(
                 "gone",
                 f"A stream must be taken up again within {self.limits.resume:g} s, but this one is over or was never "
@@ -171,10 +171,10 @@ class Streams:
 
     def _wait_no_more(self, stream: Stream) -> None:
         """Nobody comes back for this stream: flush it, and forget it once that is done."""
+        stream.forsaken = True
+        stream.finish("lost")
         if stream.ended:
             self._all.pop(stream.id, None)
-        else:
-            stream.finish("lost")
 
     def _tell(self, turn: Turn) -> None:
         assert self._loop
@@ -204,7 +204,7 @@ class Streams:
                 stream.drop(refusal)
         if stream.ended:
             self._count_end(stream.reason or "")
-            if stream.drop is None and (self.closing or stream.reason == "lost"):
+            if stream.forsaken:
                 self._all.pop(stream.id, None)
 
     def _count_end(self, reason: str) -> None:
