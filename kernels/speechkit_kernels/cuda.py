@@ -72,7 +72,9 @@ def register() -> None:
     serve("libcuda.so.1", Path(torch.__file__).parent / "lib" / "libtorch_cuda.so", "speechkit", "CUDA")
 
 
-def serve(driver: str | Path, torch_library: str | Path, library: str, key: str, compile: Compile | None = None) -> None:
+def serve(
+    driver: str | Path, torch_library: str | Path, library: str, key: str, compile: Compile | None = None
+) -> None:
     """`register` with everything named: NVIDIA's driver, the library that knows torch's current stream, the operators'
     library, the dispatch key, and what makes the cubin of a kernel, its constants and an architecture (`cubin`).
 
@@ -114,7 +116,7 @@ def _define_plain() -> None:
         LIBRARY.impl(f"plain_{name}", getattr(plain, name), "CompositeExplicitAutograd")
 
 
-# ---- cubins -----------------------------------------------------------------------------------------------------------
+# ---- cubins ---------------------------------------------------------------------------------------------------------
 
 
 def used() -> list[str]:
@@ -162,7 +164,9 @@ def ahead_of_time(variants: list[str], archs: list[int], folder: Path) -> list[P
             command = [nvcc, *options, str(SOURCES / f"{kernel}.cu"), "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{kernel}: nvcc must compile the kernel for sm_{arch}, but says: {done.stderr.strip()}")
+                raise RuntimeError(
+                    f"{kernel}: nvcc must compile the kernel for sm_{arch}, but says: {done.stderr.strip()}"
+                )
             made.append(path)
     return made
 

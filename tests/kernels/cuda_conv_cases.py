@@ -89,7 +89,7 @@ def answer(made: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def check(case: Case, out: Tensor, memory: Tensor, expected: Tensor, remembered: Tensor) -> None:
-    """Out within the tolerance of its type, no frame ten times worse; the memory within one rounding, NaN where it was."""
+    """Out within the tolerance of its type, no frame ten times worse; the memory within a rounding, NaN as it was."""
     tolerance, out, memory = TOLERANCE[case.dtype], out.double().cpu(), memory.double().cpu()
     assert out.isfinite().all()
     assert (out - expected).norm() <= tolerance * expected.norm()

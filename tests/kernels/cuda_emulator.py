@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ class Machine(ctypes.Structure):
     """As in csrc/emu/driver_emu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("arch", "processors", "blocks", "shared_bytes", "capturing", "broken", "idle", "unchecked")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("arch", "processors", "blocks", "shared_bytes", "capturing", "broken", "idle", "unchecked")
+        ),
         ("seed", ctypes.c_uint),
         ("tensors", ctypes.POINTER(Range)),
         ("count", ctypes.c_int),
@@ -57,6 +61,7 @@ class Emulator:
         self.library = torch.library.Library("speechkit_emulated", "DEF")
         for name in cuda.OPERATORS:
             self.library.define(name + ops.SCHEMAS[name])
+        self.lock = threading.Lock()
         self.made: dict[Any, Path] = {}
         self.asked: list[str] = []
         self.start()
@@ -72,6 +77,10 @@ class Emulator:
 
     def compile(self, kernel: str, constants: str, arch: int) -> bytes:
         """The path of a library, with the kernel's text changed in one place where asked."""
+        with self.lock:
+            return self._compiled(kernel, constants)
+
+    def _compiled(self, kernel: str, constants: str) -> bytes:
         self.asked.append(f"{kernel} {constants}")
         constants = constants.replace(*self.constants) if self.constants[0] else constants
         key = (kernel, constants, self.bug)

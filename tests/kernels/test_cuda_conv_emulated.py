@@ -86,7 +86,9 @@ def test_a_row_whose_slot_does_not_exist_is_as_one_without_frames(run: Run) -> N
 )  # fmt: skip
 def test_what_the_kernel_does_not_serve_goes_to_plain_pytorch(case: Case, run: Run, emulator: Emulator) -> None:
     for dtype in (B16, torch.float64):
-        made = {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in build(case).items()}
+        made = {
+            n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in build(case).items()
+        }
         exact = copied(made)
         out = run(made)
         assert emulator.machine.launches == 0
@@ -108,7 +110,10 @@ def test_the_sigmoid_is_near_wherever_floats_are_and_ends_where_they_do(run: Run
 
 BUGS: dict[str, Bug] = {
     "frames are not rounded as the memory does": ("rounded(silu(", "(silu("),
-    "value and gate are swapped": ("silu(value[e], GATED ? by[e] : value[e])", "silu(GATED ? by[e] : value[e], value[e])"),
+    "value and gate are swapped": (
+        "silu(value[e], GATED ? by[e] : value[e])",
+        "silu(GATED ? by[e] : value[e], value[e])",
+    ),
     "the gate is another frame's": ("load(by, from + f * a.x.frame + a.width", "load(by, from + a.width"),
     "taps are reversed": ("single(a.weight, s.channel + e, k)", "single(a.weight, s.channel + e, PAST - k)"),
     "the memory moves on by a whole tile": ("advance(seen, real)", "advance(seen, FRAMES)"),
@@ -116,16 +121,25 @@ BUGS: dict[str, Bug] = {
         "        if (s.qlen) store(s.memory + i",
         "        store(s.memory + i",
     ),
-    "frames that are not there are read": ("if (f < real) {\n            load(value", "if (true) {\n            load(value"),
+    "frames that are not there are read": (
+        "if (f < real) {\n            load(value",
+        "if (true) {\n            load(value",
+    ),
     "sums meet without a barrier": ("    barrier();\n", ""),
     "the two sums share their memory": ("sum_channels(sums, WARPS * FRAMES * 4)", "sum_channels(sums, 0)"),
     "threads without channels count": ("sums[f] += s.mine ? y[f][e] : 0.f", "sums[f] += y[f][e]"),
-    "their squares count": ("s.mine ? multiply_add(y[f][e], y[f][e], sums[f]) : 0.f", "multiply_add(y[f][e], y[f][e], sums[f])"),
+    "their squares count": (
+        "s.mine ? multiply_add(y[f][e], y[f][e], sums[f]) : 0.f",
+        "multiply_add(y[f][e], y[f][e], sums[f])",
+    ),
     "a lane has another frame's sum": ("shuffle(whole, f * SHARE)", "shuffle(whole, f)"),
     "halves of a warp keep the wrong numbers": ("(upper ? x[i + HALF] : x[i]) +", "(upper ? x[i] : x[i + HALF]) +"),
     "absent frames are left as they are": ("store(to + f * a.out.frame, nothing)", "(void)nothing"),
     "threads without channels write": ("    if (!s.mine) return;\n", ""),
-    "a slot that does not exist is used": ("const bool there = slot >= 0 && slot < a.places", "const bool there = true"),
+    "a slot that does not exist is used": (
+        "const bool there = slot >= 0 && slot < a.places",
+        "const bool there = true",
+    ),
     "eps is forgotten": ("sums[f] / a.width + a.eps", "sums[f] / a.width"),
 }  # fmt: skip
 

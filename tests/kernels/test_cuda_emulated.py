@@ -86,7 +86,12 @@ def test_what_the_kernel_does_not_serve_goes_to_plain_pytorch(run: Run, emulator
     made = build(CASES[0])
     double = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in made.items()}
     strided = made | {"cache": made["cache"].transpose(3, 4).contiguous().transpose(3, 4)}
-    for call, limit in ((double, HOPPER), (build(replace(CASES[0], width=136)), HOPPER), (strided, HOPPER), (made, 4096)):
+    for call, limit in (
+        (double, HOPPER),
+        (build(replace(CASES[0], width=136)), HOPPER),
+        (strided, HOPPER),
+        (made, 4096),
+    ):
         exact = {n: x.clone() if isinstance(x, Tensor) else x for n, x in call.items()}
         out = run(call, limit=limit)
         assert emulator.machine.launches == 0
@@ -95,7 +100,7 @@ def test_what_the_kernel_does_not_serve_goes_to_plain_pytorch(run: Run, emulator
 
 
 def test_other_layouts_and_types_are_put_right_first(run: Run, emulator: Emulator) -> None:
-    """The kernel may touch the arguments alone, so copies are made outside the tensors it knows: none is checked here."""
+    """The launcher's copies are unknown to the emulator, so that the addresses are not checked here."""
     made = build(CASES[-4])
     expected, exact = answer(made)
     odd = dict(made)

@@ -11,7 +11,7 @@ struct Range { const char* from; long long bytes; int writable; };
 using Emulated = const char* (*)(const void*, const int*, int, int, unsigned, const Range*, int);
 struct Function { Emulated run; int shared_bytes = 48 << 10; };  // unless more is asked for
 
-int inside = 0;  // contexts pushed and not popped
+thread_local int inside = 0;  // contexts pushed and not popped
 std::string trouble;
 enum { FINE = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, LAUNCH_FAILED = 719 };
 }  // namespace
