@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
-    ("features", "testing", "kernels"),
+    ("features", "testing", "kernels", "graphs"),
     ("data",),
     ("layers",),
     ("attention",),

@@ -14,7 +14,6 @@ import pytest
 import torch
 from cuda_cases import build, case
 from cuda_emulator import Emulator
-from cuda_emulator import emulator as emulator
 from speechkit_kernels import cuda
 
 NVCC = shutil.which("nvcc")

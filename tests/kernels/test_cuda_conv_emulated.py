@@ -10,7 +10,6 @@ import pytest
 import torch
 from cuda_conv_cases import B16, CASES, F32, Case, alone, answer, build, check, copied
 from cuda_emulator import Bug, Emulator
-from cuda_emulator import emulator as emulator
 from speechkit_kernels import plain
 from torch import Tensor
 
@@ -115,7 +114,8 @@ BUGS: dict[str, Bug] = {
         "silu(GATED ? by[e] : value[e], value[e])",
     ),
     "the gate is another frame's": ("load(by, from + f * a.x.frame + a.width", "load(by, from + a.width"),
-    "taps are reversed": ("single(a.weight, s.channel + e, k)", "single(a.weight, s.channel + e, PAST - k)"),
+    "one tap serves for all": ("k++, at += a.weight.tap", "k++"),
+    "the channels of a thread share a filter": ("single(at + e * a.weight.channel)", "single(at)"),
     "the memory moves on by a whole tile": ("advance(seen, real)", "advance(seen, FRAMES)"),
     "the memory of a row without frames is written": (
         "        if (s.qlen) store(s.memory + i",

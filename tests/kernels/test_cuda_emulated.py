@@ -10,7 +10,6 @@ import pytest
 import torch
 from cuda_cases import CASES, Case, alone, answer, build, case, check, later
 from cuda_emulator import HOPPER, SMALL, Bug, Emulator
-from cuda_emulator import emulator as emulator
 from speechkit_kernels import plain
 from torch import Tensor
 

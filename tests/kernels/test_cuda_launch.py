@@ -13,7 +13,6 @@ import test_stream_attn
 import torch
 from cuda_cases import CASES, answer, build, case, check
 from cuda_emulator import SMALL, Emulator
-from cuda_emulator import emulator as emulator
 from speechkit_kernels import build as library
 from speechkit_kernels import cuda
 from torch import Tensor

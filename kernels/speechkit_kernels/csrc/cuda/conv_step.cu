@@ -52,8 +52,7 @@ DEVICE void store(char* to, const float (&from)[EACH]) {
     }
 }
 
-DEVICE float single(const Channels& channels, int channel, int tap) {
-    const char* at = channels.at + channel * channels.channel + tap * channels.tap;
+DEVICE float single(const char* at) {
     if constexpr (TYPE == 0)
         return load_global<float>(at);
     else
@@ -105,12 +104,14 @@ DEVICE void gate(const Args& a, const Block& s, int first, int real, float (&see
 
 DEVICE void filter(const Args& a, const Block& s, const float (&seen)[SEEN][EACH], float (&y)[FRAMES][EACH]) {
     UNROLLED for (int e = 0; e < EACH; e++) {
-        const float start = a.bias.at ? single(a.bias, s.channel + e, 0) : 0.f;
+        const float start = a.bias.at ? single(a.bias.at + (s.channel + e) * a.bias.channel) : 0.f;
         UNROLLED for (int f = 0; f < FRAMES; f++) y[f][e] = start;
     }
-    UNROLLED for (int k = 0; k < TAPS; k++)
+    // Where a tap lies is found anew for each tile: kept, the addresses of all would fill the registers.
+    const char* at = unforeseen(a.weight.at + s.channel * a.weight.channel);
+    UNROLLED for (int k = 0; k < TAPS; k++, at += a.weight.tap)
         UNROLLED for (int e = 0; e < EACH; e++) {
-            const float tap = single(a.weight, s.channel + e, k);
+            const float tap = single(at + e * a.weight.channel);
             UNROLLED for (int f = 0; f < FRAMES; f++) y[f][e] = multiply_add(tap, seen[k + f][e], y[f][e]);
         }
 }
@@ -162,7 +163,7 @@ DEVICE void normalise(const Args& a, const Block& s, float (&y)[FRAMES][EACH]) {
     }
     sum_channels(sums, WARPS * FRAMES * 4);
     UNROLLED for (int e = 0; e < EACH; e++) {
-        const float weight = single(a.norm_weight, s.channel + e, 0), bias = single(a.norm_bias, s.channel + e, 0);
+        const float weight = single(a.norm_weight.at + (s.channel + e) * a.norm_weight.channel), bias = single(a.norm_bias.at + (s.channel + e) * a.norm_bias.channel);
         UNROLLED for (int f = 0; f < FRAMES; f++)
             y[f][e] = multiply_add(y[f][e] * inverse_root(sums[f] / a.width + a.eps), weight, bias);
     }

@@ -32,6 +32,12 @@ template <class T> DEVICE void store_global(void* at, T value) { *static_cast<T*
 
 DEVICE void barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
+// An address that the compiler knows nothing about.
+DEVICE const char* unforeseen(const char* at) {
+    asm volatile("" : "+l"(at));
+    return at;
+}
+
 // Bytes from global to shared memory, zeros where not `real`; there once copy_wait and then a barrier have passed.
 template <int BYTES> DEVICE void copy_async(unsigned at, const void* from, bool real) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
