@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from speechkit.stream import State
@@ -35,8 +36,8 @@ class Graphs:
     takes a second or so, or by `capture`. For inference, with the weights as they are then.
 
     Args:
-        stream: called as ``stream(chunk, lengths, state)``, as `speechkit.recogniser.Recogniser.stream` is. It must read
-            nothing from the device and make no tensor of Python's numbers there but by filling.
+        stream: called as ``stream(chunk, lengths, state)``, as `speechkit.recogniser.Recogniser.stream` is. It must
+            read nothing from the device and make no tensor of Python's numbers there but by filling.
         state: of all slots, tensors alone; this object's from here on, and changed in place.
         chunk: ``[slots, ...]``, of the shape, type and device of what a step takes.
         record: makes of a step one that replays it, in the same memory; `captured` unless given.
@@ -52,12 +53,14 @@ class Graphs:
         for leaf in _tensors(state):
             if len(leaf) != self.slots:
                 raise ValueError(
-                    f"Graphs.state must have a row for each of the {self.slots} slots of chunk, but has {len(leaf)} rows."
+                    f"Graphs.state must have a row for each of the {self.slots} slots of chunk, but has {len(leaf)}; "
+                    f"make both for as many streams."
                 )
         self.stream, self.state, self.record = stream, state, record or captured
         self.chunk = torch.zeros_like(chunk)
         self.lengths = torch.zeros(self.slots, dtype=torch.long, device=chunk.device)
         self._steps: dict[int, Step] = {}
+        self._read: list[Tensor] = []
 
     @torch.inference_mode()
     def __call__(self, chunk: Tensor, lengths: Tensor) -> EncoderOutput:
@@ -88,6 +91,9 @@ class Graphs:
         size = min(self.slots, 1 << (rows - 1).bit_length())
         if size not in self._steps:
             self.lengths.zero_()
+            with _Reads() as reads:
+                self._step(size)
+            self._read += reads.found.values()
             self._steps[size] = self.record(lambda: self._step(size))
         return size
 
@@ -106,12 +112,32 @@ class Graphs:
         return encoded
 
 
+class _Reads(TorchDispatchMode):
+    """Finds what a step reads that was there before it: weights, and tables that modules make once and may make anew.
+
+    A graph knows their addresses alone. They must live as long as it does, whatever becomes of the modules' own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}  # by storage
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in _only_tensors((args, kwargs)):
+            if _storage(x) not in self.made:
+                self.found.setdefault(_storage(x), x)
+        self.made |= {_storage(x) for x in _only_tensors(out)} - self.found.keys()
+        return out
+
+
 def captured(step: Step) -> Step:
-    """The step as a CUDA graph. It runs three times before: to compile, to choose algorithms, to take memory."""
+    """The step as a CUDA graph. It runs twice before, on a stream of its own, to choose algorithms and take memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -123,6 +149,14 @@ def captured(step: Step) -> Step:
         return encoded
 
     return replay
+
+
+def _only_tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def _tensors(state: State) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from speechkit_kernels import cuda
 from tiny import node, sound, tiny
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from speechkit import kernels
+from speechkit.attention import RelativePosition
 from speechkit.graphs import Graphs, Step
 from speechkit.recogniser import Recogniser
 from speechkit.stream import Context
@@ -107,9 +110,7 @@ def test_streams_that_join_pause_and_leave_hear_what_they_hear_alone(model: Reco
                 chunk[slot], lengths[slot] = next(clips[slot]), CHUNK
         encoded = step(chunk, lengths)
         for slot, state in states.items():
-            alone, states[slot] = model.stream(
-                chunk[slot : slot + 1], lengths[slot : slot + 1], state, context=CONTEXT
-            )
+            alone, states[slot] = model.stream(chunk[slot : slot + 1], lengths[slot : slot + 1], state, context=CONTEXT)
             count = int(alone.lengths)
             assert int(encoded.lengths[slot]) == count == (8 if lengths[slot] else 0)
             torch.testing.assert_close(encoded.frames[slot, :count], alone.frames[0, :count], rtol=1e-4, atol=1e-4)
@@ -148,6 +149,22 @@ def test_a_state_stays_where_it_is(model: Recogniser) -> None:
     assert [leaf.data_ptr() for leaf in tensors(step.state)] == places
 
 
+@torch.inference_mode()
+def test_what_a_step_reads_lives_as_long_as_its_graph(model: Recogniser) -> None:
+    """A table of positions is made anew where another context comes; a graph goes on reading the one it knows."""
+    step = graphs(model, record=lambda step: step)
+    step.capture(2)
+    tables = [weakref.ref(part._kept[1]) for part in model.modules() if isinstance(part, RelativePosition)]
+    heard = sound(2.0)[None]
+    model.encode(heard, torch.tensor([heard.shape[1]]))
+    assert tables and all(table() is not None for table in tables)
+    read = {x.data_ptr() for x in step._read}
+    assert {x.data_ptr() for x in model.encoder.parameters() if x.dim() == 1} <= read
+    total = sum(x.untyped_storage().nbytes() for x in {x.data_ptr(): x for x in step._read}.values())
+    known = [*model.parameters(), *model.buffers(), *tensors(step.state), step.chunk, step.lengths]
+    assert total <= 1.5 * sum(x.untyped_storage().nbytes() for x in known), "what a step makes itself is not kept"
+
+
 def test_a_step_reads_nothing_on_the_host(model: Recogniser) -> None:
     """Fake tensors have no values to read."""
     state = model.init_state(2, context=CONTEXT)
@@ -177,9 +194,9 @@ def test_a_step_that_reads_on_the_host_is_caught() -> None:
 
 def test_what_a_graph_cannot_hold_is_refused(model: Recogniser) -> None:
     state = model.init_state(SLOTS, context=CONTEXT)
-    with pytest.raises(ValueError, match="must consist of tensors.*holds a list; stream this model without graphs"):
+    with pytest.raises(ValueError, match=r"must consist of tensors.*holds a list; stream this model without graphs"):
         Graphs(model.stream, (state, [1, 2]), torch.zeros(SLOTS, CHUNK))
-    with pytest.raises(ValueError, match="must have a row for each of the 4 slots of chunk, but has 5 rows"):
+    with pytest.raises(ValueError, match="must have a row for each of the 4 slots of chunk, but has 5; make"):
         Graphs(model.stream, state, torch.zeros(4, CHUNK))
     for rows, samples in ((SLOTS + 1, CHUNK), (0, CHUNK), (2, CHUNK - 1)):
         with pytest.raises(ValueError, match=rf"must take \[B, {CHUNK}\] for B of 1 to 5 slots.*{rows} lengths"):
@@ -187,9 +204,11 @@ def test_what_a_graph_cannot_hold_is_refused(model: Recogniser) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.skipif(cuda.reason() is not None, reason=f"the CUDA kernels cannot run: {cuda.reason()}")
 @torch.inference_mode()
-def test_a_cuda_graph_is_the_step(model: Recogniser) -> None:
+def test_a_cuda_graph_is_the_step() -> None:
+    cuda.register()
+    kernels._serves.cache_clear()
     model = tiny().cuda()
     stream, chunk = partial(model.stream, context=CONTEXT), torch.zeros(SLOTS, CHUNK, device="cuda")
     one = Graphs(stream, model.init_state(SLOTS, context=CONTEXT), chunk)

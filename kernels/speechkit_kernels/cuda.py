@@ -59,7 +59,6 @@ def reason(device: int = 0) -> str | None:
     return None
 
 
-@functools.cache
 def register() -> None:
     """Serve ``stream_attn`` and ``conv_step`` on CUDA tensors from here on, in this process.
 
