@@ -1,10 +1,11 @@
-"""One NVIDIA GPU, under ten minutes: is stream_attn right there, and how near to the memory's speed is it?
+"""One NVIDIA GPU, under ten minutes: are the CUDA kernels right there, how near to the memory's speed, and a step?
 
-    python tools/bench_cuda.py > results.md      tests, ceilings, streaming tables, compute-sanitizer where installed
+    python tools/bench_cuda.py > results.md      tests, ceilings, streaming tables, whole steps, compute-sanitizer
     python tools/bench_cuda.py --dry-run         the same lines on the CPU at tiny sizes, to see that they run
 
 Candidates are timed in turns within one run, each on its own copy of the same input; what is printed is the median and
 the quartiles in microseconds, and the share of the memory floor: bytes that must move, at the speed of a plain copy.
+What no time is left for is said and left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
-from speechkit_kernels import cuda, plain  # noqa: E402
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
+from speechkit_kernels import cuda  # noqa: E402
+
+from speechkit.attention import RelativePosition, Softmax  # noqa: E402
+from speechkit.encoders import Conformer  # noqa: E402
+from speechkit.graphs import Graphs  # noqa: E402
+from speechkit.layers import Convolution, Subsampling  # noqa: E402
+from speechkit.stream import Context  # noqa: E402
 
 Step = Callable[[], Tensor]
-SANITIZED = "equals and (49 or 36 or aligned or chunks or twenty or slopes)"  # small cases of the tests
+BEGIN, SECONDS = time.monotonic(), 570  # of the whole run
+SANITIZED = "equals and (49 or 36 or aligned or chunks or twenty or slopes or odd or gated)"  # small cases of the tests
 STREAMS = ((256, 16, 64), (1024, 16, 64), (4096, 16, 64), (256, 16, 256), (1024, 16, 256), (4096, 16, 256))
+FILTERS = ((1, 1), (1, 16), (16, 16), (256, 16), (1024, 16), (4096, 2))
 FEW = ((1, 16, 64), (4, 16, 64), (16, 16, 64), (1, 16, 256), (16, 16, 256), (16, 1, 70))
 
 
@@ -67,8 +77,7 @@ class Layer:
         options = {"rel": rel, "rel_zero": L + C - 1, "bias_u": u, "bias_v": w, "left": L, "scale": scale}
 
         def ours() -> Tensor:
-            operator = cuda.stream_attn if self.device == "cuda" else plain.stream_attn
-            return operator(q, k, v, cache, slots, pos, qlen, **options)
+            return torch.ops.speechkit.stream_attn(q, k, v, cache, slots, pos, qlen, **options)
 
         def peer(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Step:
             keys, values = past[:, 0].clone(), past[:, 1].clone()
@@ -92,6 +101,46 @@ class Layer:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
         return {"stream_attn": ours, "eager, cat cache": peer(eager), "SDPA + bias, cat cache": peer(sdpa)}
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One call of a convolution module's inside: gate, K taps, layer norm, SiLU."""
+
+    streams: int
+    frames: int
+    taps: int = 9
+    width: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+    def bytes(self) -> int:
+        """Values and gates read, results written, the memory read and written, filters read."""
+        rows = self.streams * (3 * self.frames + 2 * (self.taps - 1)) + self.taps
+        return rows * self.width * self.dtype.itemsize
+
+    def candidates(self) -> dict[str, Step]:
+        B, C, K, D = self.streams, self.frames, self.taps, self.width
+        like = dict(dtype=self.dtype, device=self.device)
+        x, weight = torch.randn(B, C, 2 * D, **like), torch.randn(K, D, **like).t() / 3
+        bias, scale, shift = (torch.randn(D, **like) for _ in range(3))
+        cache, past = torch.randn(B, K - 1, D, **like), torch.randn(B, K - 1, D, **like)
+        past.copy_(cache)
+        slots = torch.arange(B, device=self.device)
+        qlen = torch.full((B,), C, device=self.device)
+
+        def ours() -> Tensor:
+            return torch.ops.speechkit.conv_step(
+                x, weight, bias, cache, slots, qlen, gated=True, norm_weight=scale, norm_bias=shift
+            )
+
+        def eager() -> Tensor:
+            seen = torch.cat([past, F.glu(x, -1)], 1)
+            past.copy_(seen[:, C:])
+            y = F.conv1d(seen.transpose(1, 2), weight[:, None], bias, groups=D).transpose(1, 2)
+            return F.silu(F.layer_norm(y, (D,), scale, shift))
+
+        return {"conv_step": ours, "eager": eager}
 
 
 def captured(step: Step) -> Step:
@@ -144,31 +193,101 @@ def copy_speed(mebibytes: int, device: str) -> float:
     return 2 * source.numel() / time_of
 
 
-def table(sizes: tuple[tuple[int, int, int], ...], speed: float, device: str, rounds: int) -> None:
-    print("| streams | C | left | candidate | median us | quartiles | share of floor | error to eager |")
-    print("|---|---|---|---|---|---|---|---|")
-    for streams, frames, left in sizes:
-        layer = Layer(streams, frames, left, device=device)
+def table(calls: list[Layer] | list[Filter], reference: str, speed: float, rounds: int) -> None:
+    print("| call | candidate | median us | quartiles | share of floor | difference to eager |")
+    print("|---|---|---|---|---|---|")
+    for call in calls:
+        if late():
+            return
         torch.manual_seed(0)
-        steps = layer.candidates()
+        steps = call.candidates()
         outs = {name: step().float() for name, step in steps.items()}
-        errors = {
-            n: ((x - outs["eager, cat cache"]).norm() / outs["eager, cat cache"].norm()).item() for n, x in outs.items()
-        }
-        if device == "cuda":
+        errors = {n: ((x - outs[reference]).norm() / outs[reference].norm()).item() for n, x in outs.items()}
+        if call.device == "cuda":
             steps |= {f"{name}, graph": captured(step) for name, step in steps.items()}
-        floor = layer.bytes() / speed
+        floor = call.bytes() / speed
         for name, (low, middle, high) in quartiles(steps, rounds, 5).items():
             error = errors[name.removesuffix(", graph")]
-            cells = (streams, frames, left, name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{floor / middle:.0%}")
-            print("|", " | ".join(map(str, cells)), f"| {error:.1e} |")
+            what = f"B={call.streams} C={call.frames} " + (f"L={call.left}" if isinstance(call, Layer) else "")
+            cells = (what, name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{floor / middle:.0%}", f"{error:.1e}")
+            print("|", " | ".join(cells), "|", flush=True)
+
+
+def late() -> bool:
+    if time.monotonic() - BEGIN < SECONDS - 90:
+        return False
+    print("\nno time is left for what would follow here")
+    return True
+
+
+@torch.inference_mode(False)
+def fastconformer(dim: int, layers: int, device: str) -> Conformer:
+    encoder = Conformer(
+        features=128,
+        dim=dim,
+        heads=8,
+        layers=layers,
+        attention=partial(Softmax, position=RelativePosition),
+        subsampling=partial(Subsampling, stages=3, channels=256, separable=True, before=2),
+        convolution=partial(Convolution, kernel=9),
+    )
+    return encoder.eval().to(device, torch.bfloat16)
+
+
+def whole_steps(device: str, dim: int, layers: int, sizes: tuple[int, ...], rounds: int) -> None:
+    """An encoder of cache-aware FastConformer's shape, random weights: every step eager and from a graph."""
+    print(f"\nA whole step, {layers} layers of {dim}, 8 times subsampled, 70 frames remembered:\n")
+    print("| chunk | streams | candidate | median ms | quartiles | real-time streams | difference |")
+    print("|---|---|---|---|---|---|---|")
+    torch.manual_seed(0)
+    encoder = fastconformer(dim, layers, device)
+    for frames in (1, 2, 7, 14):
+        context = Context(left=70, chunk=frames)
+        for streams in sizes:
+            if late():
+                return
+            steps, apart = step_candidates(encoder, context, streams, device)
+            for name, times in quartiles(steps, rounds, 3).items():
+                low, middle, high = (each / 1e3 for each in times)
+                at_once = int(streams * 80 * frames / middle)
+                cells = (
+                    f"{80 * frames} ms",
+                    str(streams),
+                    name,
+                    f"{middle:.2f}",
+                    f"{low:.2f} to {high:.2f}",
+                    str(at_once),
+                )
+                print("|", " | ".join(cells), f"| {apart:.1e} |", flush=True)
+
+
+def step_candidates(encoder: Conformer, context: Context, streams: int, device: str) -> tuple[dict[str, Step], float]:
+    """One step from modules and one from a graph, and how far their results are from each other."""
+    chunk = torch.randn(streams, 8 * context.latency(), 128, dtype=torch.bfloat16, device=device)
+    lengths = torch.full((streams,), chunk.shape[1], device=device)
+    stream = partial(encoder.stream, context=context)
+    record = None if device == "cuda" else lambda step: step
+    graphs = Graphs(stream, encoder.init_state(streams, context=context), chunk, record=record)
+    state = encoder.init_state(streams, context=context)
+
+    def eager() -> Tensor:
+        nonlocal state
+        encoded, state = stream(chunk, lengths, state)
+        return encoded.frames
+
+    def graph() -> Tensor:
+        return graphs(chunk, lengths).frames
+
+    one, other = eager().float(), graph().float()
+    return {"modules": eager, "graph": graph}, ((one - other).norm() / one.norm()).item()
 
 
 def launches(device: str) -> None:
     """What a launch costs when there is nothing to do."""
     one = torch.zeros(1, device=device)
     tiny = Layer(1, 1, 1, heads=1, width=16, device=device).candidates()["stream_attn"]
-    steps: dict[str, Step] = {"empty operator": one.zero_, "smallest stream_attn": tiny}
+    small = Filter(1, 1, 2, 16, device=device).candidates()["conv_step"]
+    steps: dict[str, Step] = {"empty operator": one.zero_, "smallest stream_attn": tiny, "smallest conv_step": small}
     if device == "cuda":
         steps |= {f"{name}, graph": captured(step) for name, step in steps.items()}
     print("\n| launch | median us |\n|---|---|")
@@ -176,10 +295,15 @@ def launches(device: str) -> None:
         print(f"| {name} | {times[1]:.2f} |")
 
 
-def tests(*arguments: str, under: tuple[str, ...] = ()) -> str:
-    command = [*under, sys.executable, "-m", "pytest", "-q", "tests/kernels/test_cuda_gpu.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
+def tests(*arguments: str, under: tuple[str, ...] = (), seconds: float = 240) -> str:
+    files = ["tests/kernels/test_cuda_gpu.py"] if under else ["tests/kernels/test_cuda_gpu.py", "tests/test_graphs.py"]
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files, *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"not over after {seconds:.0f} s"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "========="))]
+    return "\n".join([*failed[-20:], *(done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[-1:]])
 
 
 def sanitize() -> None:
@@ -187,28 +311,49 @@ def sanitize() -> None:
         print("\ncompute-sanitizer: not installed")
         return
     for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        under = ("compute-sanitizer", "--tool", name, "--error-exitcode", "9", "--kernel-name", "kns=stream_attn")
-        print(f"\ncompute-sanitizer {name}: {tests('-k', SANITIZED, under=under)}")
+        left = SECONDS - (time.monotonic() - BEGIN)
+        if left < 20:
+            print(f"\ncompute-sanitizer {name}: no time is left")
+            continue
+        under = (
+            "compute-sanitizer",
+            "--tool",
+            name,
+            "--error-exitcode",
+            "9",
+            "--kernel-name",
+            "regex=stream_attn|conv_step",
+        )
+        print(f"\ncompute-sanitizer {name}: {tests('-k', SANITIZED, under=under, seconds=min(60, left))}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     dry = parser.parse_args().dry_run
-    if not dry and cuda.reason() is not None:
-        sys.exit(f"bench_cuda needs a GPU that the kernel runs on, but {cuda.reason()}; --dry-run needs none.")
+    if not dry:
+        if cuda.reason() is not None:
+            sys.exit(f"bench_cuda needs a GPU that the kernels run on, but {cuda.reason()}; --dry-run needs none.")
+        cuda.register()
     device = "cpu" if dry else "cuda"
-    print(f"# stream_attn on {'the CPU, a dry run' if dry else torch.cuda.get_device_name()}\n")
+    print(f"# The CUDA kernels on {'the CPU, a dry run' if dry else torch.cuda.get_device_name()}\n")
     print(f"{datetime.date.today()}, torch {torch.__version__}, `python {' '.join(sys.argv)}`\n")
     if not dry:
-        print(f"correctness: {tests()}\n")
+        print(f"correctness: {tests()}\n", flush=True)
     speed = copy_speed(8 if dry else 2048, device)
     print(f"copy: {speed / 1e6:.2f} TB/s read and written\n")
-    table(((2, 3, 5), (1, 16, 64)) if dry else FEW, speed, device, 3 if dry else 100)
-    if not dry:
-        table(STREAMS, speed, device, 20)
+    few = [Layer(*size, device=device) for size in (((2, 3, 5), (1, 16, 64)) if dry else FEW)]
+    table(few, "eager, cat cache", speed, 3 if dry else 100)
     launches(device)
+    print()
+    filters = [Filter(*size, device=device) for size in (((2, 3),) if dry else FILTERS)]
+    table(filters, "eager", speed, 3 if dry else 30)
+    whole_steps(device, *((64, 1, (2,)) if dry else (1024, 24, (1, 16, 256, 1024))), rounds=2 if dry else 10)
     if not dry:
+        print()
+        table([Layer(*size) for size in STREAMS], "eager, cat cache", speed, 20)
+        print("\nvariants of these calls, for building ahead of time:\n")
+        print(*cuda.used(), sep="\n")
         sanitize()
 
 

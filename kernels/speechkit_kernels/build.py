@@ -40,7 +40,7 @@ FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"),
 )
-LINK = ("-shared", "-ltorch_cpu")
+LINK = ("-shared", "-ltorch_cpu", "-ldl")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 X86_64 = {
     "avx512bf16": (*AVX512, "-mavx512bf16"),
@@ -75,6 +75,9 @@ UNITS = (
     *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("linear_step_op.cpp"),
     *(Unit("linear_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    Unit("gpu.cpp"),
+    Unit("conv_step_gpu.cpp"),
+    Unit("stream_attn_gpu.cpp"),
 )
 
 
@@ -154,7 +157,7 @@ def library_name(command: list[str]) -> str:
 def sources_hash() -> str:
     """Of all that decides what the library does: sources, flags, processor family, stable ABI."""
     units = "\n".join(" ".join([unit.source, *unit.arguments()]) for unit in UNITS)
-    texts = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.glob("*.*"))]
+    texts = [f"{path.name}\n{path.read_text()}" for path in sorted([*SOURCES.glob("*.*"), SOURCES / "cuda" / "args.h"])]
     return _short_hash("\n".join([platform.machine(), *LINK, units, *texts]))
 
 

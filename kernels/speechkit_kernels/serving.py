@@ -118,7 +118,7 @@ def _serving(operator: str, device: str) -> Serving:
     )
     if not compiled:
         missing = f"no kernel is written for {device} yet; use a device that explain() names one for."
-        if (operator, device) == ("stream_attn", "cuda"):
+        if device == "cuda" and operator in cuda.OPERATORS:
             hindrance = cuda.reason()
             missing = (
                 f"{hindrance}."

@@ -247,12 +247,12 @@ def test_the_library_needs_nothing_of_torch_but_its_c_interface(library: Path) -
     )
 
 
-def test_the_library_exports_one_name(library: Path) -> None:
+def test_the_library_exports_two_names(library: Path) -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm to list the symbols with")
     listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     strong = [line.split()[-1] for line in listed.stdout.splitlines() if line.split()[-2] not in "uVW"]
-    assert strong == ["speechkit_isa"]
+    assert strong == ["speechkit_cuda", "speechkit_isa"]
 
 
 def test_the_instruction_set_can_be_lowered_and_raised_again(library: Path) -> None:

@@ -1,6 +1,6 @@
 // speechkit::conv_step on the CPU: checks, memory, threads. The arithmetic is in conv_step.cpp, the meaning in plain.py.
 #include "conv_step.h"
-#include "host.h"
+#include "conv_step_check.h"
 #include "isa.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 namespace speechkit {
 namespace {
 
-constexpr Arguments arguments("conv_step");
+constexpr const Arguments& arguments = conv_step_arguments;
 constexpr int64_t grain = 1 << 15;  // products that are worth a thread: about 10 microseconds
 
 ConvStepKernel choose(Element type) {
@@ -38,34 +38,7 @@ Element element(const Tensor& x) {
   }
 }
 
-void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& cache, bool gated,
-           const MaybeTensor& norm_weight, const MaybeTensor& norm_bias) {
-  arguments.shape("weight", weight, {-1, -1});
-  const int64_t D = weight.size(0), K = weight.size(1);
-  arguments.shape("x", x, {-1, -1, gated ? 2 * D : D});
-  arguments.shape("cache", cache, {-1, K - 1, D});
-  if (norm_weight.has_value() != norm_bias.has_value())
-    refuse("conv_step: norm_weight and norm_bias must be given together, but one is None.");
-  const auto same = [&](const char* name, const MaybeTensor& tensor) {
-    if (!tensor) return;
-    arguments.shape(name, *tensor, {D});
-    arguments.dtype(name, *tensor, x.scalar_type());
-  };
-  same("bias", bias);
-  same("norm_weight", norm_weight);
-  same("norm_bias", norm_bias);
-  arguments.dtype("weight", weight, x.scalar_type());
-  arguments.dtype("cache", cache, x.scalar_type());
-  if (D > 1 && cache.stride(2) != 1)
-    refuse("conv_step: cache must have its channels side by side, but their stride is ", cache.stride(2), ".");
-}
-
 const void* data(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-// Rows side by side, which is how the kernel reads them.
-MaybeTensor dense(const MaybeTensor& tensor) {
-  return !tensor || tensor->stride(-1) == 1 ? tensor : torch::stable::contiguous(*tensor);
-}
 
 void run(const ConvStep& c, const ConvStepKernel& kernel, void* filtered) {
   thread_local Scratch scratch;
@@ -96,7 +69,7 @@ void run(const ConvStep& c, const ConvStepKernel& kernel, void* filtered) {
 Tensor conv_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor& given_bias, const Tensor& cache,
                  const Tensor& slots, const Tensor& qlen, bool gated, const MaybeTensor& given_norm_weight,
                  const MaybeTensor& given_norm_bias, double eps) {
-  check(given_x, weight, given_bias, cache, gated, given_norm_weight, given_norm_bias);
+  check_conv_step(given_x, weight, given_bias, cache, gated, given_norm_weight, given_norm_bias);
   const Tensor x = *dense(given_x);
   const MaybeTensor bias = dense(given_bias), norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
   const int64_t B = x.size(0), C = x.size(1), D = weight.size(0), K = weight.size(1);

@@ -58,6 +58,11 @@ inline std::string dtype_text(ScalarType dtype) {
   }
 }
 
+inline std::string device_text(const Tensor& x) {
+  if (x.is_cpu()) return "cpu";
+  return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "another kind of device";
+}
+
 // The arguments of one call of an operator, which its checks name.
 class Arguments {
  public:
@@ -78,13 +83,25 @@ class Arguments {
       refuse(name_, ": ", argument, " must be ", dtype_text(expected), ", but is ", dtype_text(found), ".");
   }
 
+  // Where another argument is.
+  void device(const char* argument, const Tensor& tensor, const Tensor& like) const {
+    if (device_text(tensor) != device_text(like))
+      refuse(name_, ": ", argument, " must be on ", device_text(like), ", but is on ", device_text(tensor), ".");
+  }
+
+  // A [B] argument of integers that lie where the host cannot read them.
+  void counts(const char* argument, const Tensor& tensor, int64_t count, const Tensor& like) const {
+    shape(argument, tensor, {count});
+    integer(argument, tensor.scalar_type());
+    device(argument, tensor, like);
+  }
+
   // The `count` integers of a [B] argument, each from `least` to `most`.
   std::vector<int64_t> integers(const char* argument, const Tensor& tensor, int64_t count, int64_t least,
                                 int64_t most) const {
     shape(argument, tensor, {count});
     const ScalarType type = tensor.scalar_type();
-    if (type != ScalarType::Int && type != ScalarType::Long)
-      refuse(name_, ": ", argument, " must be int32 or int64, but is ", dtype_text(type), ".");
+    integer(argument, type);
     const void* data = tensor.const_data_ptr();
     const int64_t stride = count ? tensor.stride(0) : 0;
     std::vector<int64_t> values(count);
@@ -98,6 +115,11 @@ class Arguments {
   }
 
  private:
+  void integer(const char* argument, ScalarType type) const {
+    if (type != ScalarType::Int && type != ScalarType::Long)
+      refuse(name_, ": ", argument, " must be int32 or int64, but is ", dtype_text(type), ".");
+  }
+
   const char* name_;
 };
 

@@ -1,7 +1,7 @@
 // speechkit::stream_attn on the CPU: what the arguments must be, and the choice of an instruction set.
-#include "host.h"
 #include "isa.h"
 #include "stream_attn.h"
+#include "stream_attn_check.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -10,7 +10,7 @@
 namespace speechkit {
 namespace {
 
-const Arguments arguments("stream_attn");
+const Arguments& arguments = stream_attn_arguments;
 constexpr int64_t endless = INT64_MAX / 4;  // times up to here add up without overflow
 
 Type type_of(const char* name, ScalarType type) {
@@ -71,24 +71,14 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
 }
 
 // The arguments every call has. Whatever could make a kernel touch foreign memory is refused here.
-StreamAttn described(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, int64_t left) {
-  arguments.shape("q", q, {-1, -1, -1, -1});
-  const auto sizes = q.sizes();
+StreamAttn described(const StreamAttnSizes& n, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache) {
   StreamAttn a;
-  a.B = sizes[0], a.C = sizes[1], a.H = sizes[2], a.D = sizes[3];
-  if (k.dim() != 4 || k.size(2) == 0 || a.H % k.size(2))
-    refuse("stream_attn: k must be [", a.B, ", ", a.C, ", key heads that divide ", a.H, ", ", a.D,
-           "], but has the shape ", shape_text(k.sizes()), ".");
-  a.G = k.size(2);
+  a.B = n.B, a.C = n.C, a.H = n.H, a.G = n.G, a.D = n.D, a.W = n.W;
   const auto type = q.scalar_type();
   a.q = array("q", q, {a.B, a.C, a.H, a.D}, type, true);
   a.k = array("k", k, {a.B, a.C, a.G, a.D}, type, true);
   a.v = array("v", v, {a.B, a.C, a.G, a.D}, type, true);
   a.cache = array("cache", cache, {-1, 2, a.G, -1, a.D}, type, true);
-  a.W = cache.size(3);
-  if (left > a.W - a.C)
-    refuse("stream_attn: cache must remember at least left + frames = ", left + a.C, ", but W is ", a.W,
-           "; make it longer, or feed fewer frames a call.");
   return a;
 }
 
@@ -104,17 +94,10 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
                    const Tensor& pos, const Tensor& qlen, const MaybeTensor& keep, const MaybeTensor& q_pos, const MaybeTensor& bias_u,
                    const MaybeTensor& bias_v, const MaybeTensor& rel, int64_t rel_zero, const MaybeTensor& cache_bias,
                    const MaybeTensor& key_bias, const MaybeTensor& slopes, int64_t chunk, int64_t left, double scale) {
-  StreamAttn a = described(q, k, v, cache, left);
+  const StreamAttnSizes sizes = stream_attn_sizes(q, k, cache);
+  StreamAttn a = described(sizes, q, k, v, cache);
+  check_stream_attn_reach(sizes, rel, rel_zero, cache_bias, key_bias, chunk, left);
   const auto type = q.scalar_type(), real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (chunk < 0 || left < 0)
-    refuse("stream_attn: chunk and left must be 0 or more, but are ", chunk, " and ", left, ".");
-  if (chunk > endless) refuse("stream_attn: chunk must be at most ", endless, ", but is ", chunk, ".");
-  const int64_t back = left + (chunk ? chunk : a.C) - 1;
-  if (rel && (rel->dim() != 3 || rel_zero < back || rel_zero > rel->size(1) - a.C))
-    refuse("stream_attn: rel must have rows for the distances -", back, " to ", a.C - 1, " around rel_zero, ", rel_zero,
-           ", but has the shape ", shape_text(rel->sizes()), ".");
-  if (cache_bias.has_value() != key_bias.has_value())
-    refuse("stream_attn: cache_bias and key_bias must be given together, but one is None.");
   a.q_pos = array("q_pos", q_pos, {a.B, a.C, a.H, a.D}, type, true);
   a.bias_u = array("bias_u", bias_u, {a.H, a.D}, std::nullopt, true);
   a.bias_v = array("bias_v", bias_v, {a.H, a.D}, std::nullopt, true);

@@ -32,6 +32,12 @@ template <class T> DEVICE void store_global(void* at, T value) { *static_cast<T*
 
 DEVICE void barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
+// An address that the compiler knows nothing about.
+DEVICE const char* unforeseen(const char* at) {
+    asm volatile("" : "+l"(at));
+    return at;
+}
+
 // Bytes from global to shared memory, zeros where not `real`; there once copy_wait and then a barrier have passed.
 template <int BYTES> DEVICE void copy_async(unsigned at, const void* from, bool real) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
@@ -85,6 +91,17 @@ DEVICE float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float bits_float(unsigned x) { return __uint_as_float(x); }
 DEVICE unsigned float_bits(float x) { return __float_as_uint(x); }
 

@@ -13,23 +13,9 @@
 // The append is safe although other blocks of the launch may still read: all read the ring at times [pos - left, pos)
 // and write it at [pos, pos + C), at most left + C <= W consecutive times, which are different places of the ring.
 #include "prim.h"
+#include "common.h"
 
-struct Rows { const char* at; long long batch, head; int frame; };            // strides are bytes throughout
-struct Ring { char* at; long long slot, part, head; int frame; };
-struct Table { const char* at; long long head, row; int rows, zero; };
-struct Reals { const char* at; long long head, column; long long narrow; };   // narrow: of TYPE, else float32
-struct Counts { const char* at; long long wide; };                            // wide: int64, else int32
-
-struct Args {
-    Rows q, k, v, q_pos, out, key_bias;
-    Ring ring, ring_bias;
-    Table rel;
-    Reals bias_u, bias_v, slopes;
-    Counts slots, pos, qlen, keep;
-    int streams, frames, group, W, chunk, left;
-    int range;      // keys a part, a multiple of KEYS
-    float scale;    // times log2(e)
-};
+using Args = StreamAttnArgs;
 
 constexpr int SIZE = TYPE == 0 ? 4 : 2;
 constexpr int PADDED = (WIDTH + 15) / 16 * 16;
@@ -41,7 +27,6 @@ constexpr int STEP = KEY_WARPS * KEYS;
 constexpr int WARPS = ROW_WARPS * KEY_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BAND = KEYS + ROWS;  // table rows that a part's keys of one stage meet
-constexpr float LOG2E = 1.4426950408889634f;
 #define NOTHING bits_float(0xff800000u)  // -inf
 
 constexpr unsigned VALUES = STEP * PITCH;  // within a stage, after its keys
@@ -63,14 +48,6 @@ struct Stream {
     int qlen, keep;
 };
 
-DEVICE int least(int a, int b) { return a < b ? a : b; }
-DEVICE int most(int a, int b) { return a > b ? a : b; }
-DEVICE float most(float a, float b) { return a > b ? a : b; }
-
-DEVICE long long count(const Counts& counts, int b) {
-    return counts.wide ? load_global<long long>(counts.at + 8ll * b) : load_global<int>(counts.at + 4ll * b);
-}
-
 DEVICE float real(const Reals& reals, int head, int column) {
     const char* at = reals.at + head * reals.head + column * reals.column;
     if constexpr (TYPE != 0)
@@ -83,7 +60,7 @@ DEVICE Stream read_stream(const Args& a, int b) {
     Stream s;
     s.b = b;
     s.slot = count(a.slots, b);
-    s.qlen = most(0, least((int)count(a.qlen, b), a.frames));
+    s.qlen = s.slot < 0 || s.slot >= a.places || pos < 0 ? 0 : most(0, least((int)count(a.qlen, b), a.frames));
     s.keep = a.keep.at ? least((int)count(a.keep, b), s.qlen) : s.qlen;
     s.first = pos < a.left ? a.left - (int)pos : 0;
     s.last = s.qlen ? a.left + s.qlen : 0;
@@ -106,7 +83,6 @@ DEVICE void copy_piece(unsigned to, const char* from, bool real) {
 
 // Copies have no result to wait for, and unrolled they hold addresses in registers that attention needs.
 #define ROLLED _Pragma("unroll 1")
-#define UNROLLED _Pragma("unroll")  // where an array must stay in registers
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 

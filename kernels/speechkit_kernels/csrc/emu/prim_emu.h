@@ -276,7 +276,11 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
     emu::together<emu::Product>("mma.tf32", mine, emu::multiply_tf32);
 }
 
+inline const char* unforeseen(const char* at) { return at; }
 inline float exp2_of(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float bits_float(unsigned x) { return emu::bits(uint32_t(x)); }
 inline unsigned float_bits(float x) { return emu::bits(x); }
 template <int FORMAT> unsigned pack(float first, float second) {
