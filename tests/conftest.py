@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ install_import_hook(
      "speechkit.features", "speechkit.objectives"],
     "beartype.beartype",
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from overfit import Overfit
 
 RECORDINGS = Path(os.environ.get("SPEECHKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -30,3 +34,11 @@ def recordings() -> Path:
     if not RECORDINGS.is_dir():
         pytest.skip(f"real recordings are absent: {RECORDINGS} is not a folder; set SPEECHKIT_DATA to where they are")
     return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def overfit(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Overfit:
+    """A model that knows four real recordings by heart, trained once a run."""
+    from overfit import overfit as train  # after the hook above
+
+    return train(recordings, tmp_path_factory.mktemp("overfit") / "model")
