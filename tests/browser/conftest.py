@@ -1,0 +1,64 @@
+"""A headless Chromium, and pages in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tab import ROOT, Tab
+
+FLAGS = [
+    "--no-sandbox",  # which root is not allowed
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
+    "--autoplay-policy=no-user-gesture-required",
+]
+
+
+@pytest.fixture(scope="package")
+def playwright() -> Iterator[Any]:
+    """Ended with this folder: its event loop would stand in the way of other tests' loops."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    with api.sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def launch(playwright: Any) -> Iterator[Callable[..., Any]]:
+    """Start a Chromium with more flags than the usual."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium is on the PATH: apt-get install chromium")
+    started = []
+
+    def start(*flags: str) -> Any:
+        started.append(playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags]))
+        return started[-1]
+
+    yield start
+    for browser in started:
+        browser.close()
+
+
+@pytest.fixture(scope="package")
+def chromium(launch: Callable[..., Any]) -> Any:
+    """Its microphone beeps."""
+    return launch()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Tab]:
+    with Tab(chromium) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def screenshots() -> Path:
+    """Where pictures of the page are kept: SPEECHKIT_SCREENSHOTS, or build/browser."""
+    folder = Path(os.environ.get("SPEECHKIT_SCREENSHOTS", ROOT / "build" / "browser"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
