@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
-from tab import ROOT, Tab
+from tab import ROOT, Files, Tab
 
 FLAGS = [
     "--no-sandbox",  # which root is not allowed
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
     "--autoplay-policy=no-user-gesture-required",
+    "--host-resolver-rules=MAP speech.test 127.0.0.1",
 ]
 
 
@@ -50,9 +53,18 @@ def chromium(launch: Callable[..., Any]) -> Any:
     return launch()
 
 
+@pytest.fixture(scope="package")
+def home() -> Iterator[str]:
+    """Where the page is served; its sockets are answered by the tests."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
 @pytest.fixture
-def tab(chromium: Any) -> Iterator[Tab]:
-    with Tab(chromium) as opened:
+def tab(chromium: Any, home: str) -> Iterator[Tab]:
+    with Tab(chromium, home) as opened:
         yield opened
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "speechkit" / "app" / "page"
-HOME = "http://localhost/"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
@@ -23,21 +23,21 @@ class Tab:
         server: what answers its WebSocket, unless the page came from a real server.
     """
 
-    def __init__(self, chromium: Any, **settings: Any) -> None:
+    def __init__(self, chromium: Any, home: str, **settings: Any) -> None:
+        self.home = home
         self.context = chromium.new_context(viewport={"width": 1000, "height": 760}, **settings)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(5_000)
         self.server = Scripted()
         self.expected: tuple[str, ...] = ()  # console errors that belong to the test
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
 
-    def open(self, home: str = HOME) -> Any:
+    def open(self, host: str = "localhost") -> Any:
         """The page from its files, with the scripted server behind it."""
-        self.page.route(f"{home}**", _file)
         self.page.route_web_socket("**/v1/stream", self.server.accept)
-        self.page.goto(home)
+        self.page.goto(self.home.replace("localhost", host))
         return self.page
 
     def __enter__(self) -> Tab:
@@ -49,12 +49,27 @@ class Tab:
             assert [error for error in self.errors if not any(part in error for part in self.expected)] == []
 
 
-def _file(route: Any) -> None:
-    path = PAGE / (route.request.url.rsplit("/", 1)[-1] or "index.html")
-    if path.is_file():
-        route.fulfill(body=path.read_bytes(), content_type=TYPES[path.suffix])
-    else:
-        route.fulfill(status=404)
+class Files(BaseHTTPRequestHandler):
+    """The page and its files, as a server gives them."""
+
+    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+        path = PAGE / (self.path.split("?")[0].rsplit("/", 1)[-1] or "index.html")
+        if path.name == "health":
+            self._send("application/json", b'{"status": "ok", "model": "scripted", "search": "Greedy"}')
+        elif path.is_file():
+            self._send(TYPES[path.suffix], path.read_bytes())
+        else:
+            self.send_error(404)
+
+    def _send(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
 
 
 class Scripted:

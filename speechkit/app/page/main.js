@@ -46,8 +46,14 @@ class App {
     this.shell.applyTheme();
     addEventListener("online", () => this.run?.stream?.networkChanged(true));
     addEventListener("offline", () => this.run?.stream?.networkChanged(false));
+    this.askModel();
     this.listDevices();
     navigator.mediaDevices?.addEventListener("devicechange", () => this.listDevices());
+  }
+
+  async askModel() {
+    const answer = await fetch("health").catch(() => null); // without one, the first stream tells
+    if (answer?.ok) this.shell.showModel(await answer.json());
   }
 
   async listDevices() {

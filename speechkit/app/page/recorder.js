@@ -42,7 +42,9 @@ export class Microphone {
 
   async #listen() {
     this.#context = new AudioContext();
-    await this.#context.audioWorklet.addModule(new URL("capture.js", import.meta.url));
+    await this.#context.audioWorklet.addModule(new URL("capture.js", import.meta.url)).catch(() => {
+      throw new Error("The server did not send all of this page: see that it runs, then reload the page.");
+    });
     await this.#context.resume();
     const samples = Math.round(BLOCK_SECONDS * this.rate);
     const node = new AudioWorkletNode(this.#context, "capture", { processorOptions: { samples } });
