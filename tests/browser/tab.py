@@ -29,7 +29,6 @@ class Tab:
         self.page = self.context.new_page()
         self.page.set_default_timeout(5_000)
         self.server = Scripted()
-        self.expected: tuple[str, ...] = ()  # console errors that belong to the test
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
@@ -46,7 +45,7 @@ class Tab:
     def __exit__(self, kind: object, *_: object) -> None:
         self.context.close()
         if kind is None:
-            assert [error for error in self.errors if not any(part in error for part in self.expected)] == []
+            assert self.errors == []
 
 
 class Files(BaseHTTPRequestHandler):

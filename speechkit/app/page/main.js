@@ -68,8 +68,8 @@ class App {
   async listen() {
     this.again = () => this.listen();
     const microphone = new Microphone({
-      onBlock: (samples) => this.heard(samples),
-      onEnd: () => this.stop("The microphone was unplugged. The text up to here stays."),
+      onBlock: (samples) => this.run?.microphone === microphone && this.heard(samples), // some come after the end
+      onEnd: () => this.run?.microphone === microphone && this.stop("The microphone was unplugged. The text up to here stays."),
     });
     this.run = { microphone };
     this.player.stop();
