@@ -44,6 +44,8 @@ DOORS = {
     "jiwer": {"metrics"},
     "torchmetrics": {"metrics"},
     "rich": {"app"},
+    "starlette": {"app"},
+    "uvicorn": {"app"},
     "matplotlib": {"pictures"},
     "librosa": {"pictures"},
 }
@@ -106,6 +108,11 @@ def test_nothing_but_training_needs_lightning() -> None:
         str(file.relative_to(PACKAGE).with_suffix("")) for file, _, name in IMPORTS if name.startswith("lightning")
     }
     assert found <= allowed
+
+
+def test_nothing_but_the_server_needs_a_web_framework() -> None:
+    libraries = ("starlette", "uvicorn", "websockets")
+    assert {str(file.parent) for file, _, name in IMPORTS if name.startswith(libraries)} == {str(PACKAGE / "app/serve")}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ examples:
   speechkit evaluate runs/demo --search greedy rescored --chunk-ms 320 640
   speechkit transcribe runs/demo a.wav b.flac --json
   speechkit stream runs/demo a.wav
+  speechkit serve runs/demo
 
 A model is a run (runs/demo) or a model folder (runs/demo/model)."""
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
-    for add in (_prepare, _train, _evaluate, _transcribe, _stream):
+    for add in (_prepare, _train, _evaluate, _transcribe, _stream, _serve):
         add(verbs, common)
     return parser
 
@@ -130,6 +131,36 @@ def _stream(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) 
     verb.add_argument("--search", metavar="NAME", help="a file of conf/search/; the model's own unless given")
     verb.add_argument("--realtime", action="store_true", help="no faster than it was spoken")
     verb.set_defaults(run=_lazy("stream", "stream"))
+
+
+def _serve(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = _verb(
+        verbs, common, "serve", "live transcription of many streams over WebSockets, and a page with a microphone"
+    )
+    verb.add_argument("model", metavar="MODEL")
+    verb.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
+    verb.add_argument("--port", type=int, default=8765, help="(default 8765; 0 takes any that is free)")
+    verb.add_argument("--token", help="a secret that clients must say")
+    verb.add_argument("--device", metavar="NAME", help="for example cpu or cuda:1; a GPU if there is one unless given")
+    verb.add_argument(
+        "--chunk-ms", type=_milliseconds, metavar="N", help="length of a chunk; the model's own unless given"
+    )
+    verb.add_argument(
+        "--search", metavar="NAME", help="a file of conf/search/; rescored if the model can, unless given, or its own"
+    )
+    verb.add_argument("--max-streams", type=_count, default=64, metavar="N", help="at once (default 64)")
+    verb.add_argument("--max-per-address", type=_count, default=16, metavar="N", help="of one client (default 16)")
+    verb.add_argument("--max-seconds", type=_count, default=14400, metavar="N", help="of a stream (default 14400)")
+    verb.add_argument(
+        "--resume-seconds", type=_count, default=15, metavar="N", help="to wait for a lost client (default 15)"
+    )
+    verb.add_argument("--idle-seconds", type=_count, default=60, metavar="N", help="without audio (default 60)")
+    verb.add_argument(
+        "--allow-origin", nargs="+", default=(), metavar="URL", help="pages that may connect beside this server's own"
+    )
+    verb.set_defaults(run=_lazy("serve", "serve"))
 
 
 def _verb(
