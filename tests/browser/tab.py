@@ -51,7 +51,7 @@ class Tab:
 class Files(BaseHTTPRequestHandler):
     """The page and its files, as a server gives them."""
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         path = PAGE / (self.path.split("?")[0].rsplit("/", 1)[-1] or "index.html")
         if path.name == "health":
             self._send("application/json", b'{"status": "ok", "model": "scripted", "search": "Greedy"}')
@@ -100,7 +100,9 @@ class Scripted:
     def send(self, **message: Any) -> None:
         self.socket.send(json.dumps(message))
 
-    def say(self, text: str, *, stable: str = "", final: bool = False, segment: int = 0, confidence: float = 0.9) -> None:
+    def say(
+        self, text: str, *, stable: str = "", final: bool = False, segment: int = 0, confidence: float = 0.9
+    ) -> None:
         """A ``text`` message: half a second for each word, from the second that has the segment's number."""
         start = 1.0 * segment
         words = [

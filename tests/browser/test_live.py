@@ -56,9 +56,7 @@ def final(page: Any, text: str) -> None:
     said.first.wait_for(timeout=20_000)
 
 
-def test_what_is_spoken_into_the_microphone_appears_on_the_page(
-    tab: Tab, overfit: Overfit, screenshots: Path
-) -> None:
+def test_what_is_spoken_into_the_microphone_appears_on_the_page(tab: Tab, overfit: Overfit, screenshots: Path) -> None:
     tab.page.goto(tab.home)
     assert tab.page.inner_text("#model") == "overfit"
     tab.page.click("#record")
@@ -112,5 +110,3 @@ def test_the_servers_own_policy_lets_the_page_do_all_it_does(tab: Tab) -> None:
     tab.page.locator("#status:text-is('Listening')").wait_for()
     tab.page.click("#record")
     tab.page.wait_for_selector("[data-state=idle]")
-
-

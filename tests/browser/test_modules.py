@@ -10,7 +10,6 @@ from typing import Any
 import librosa
 import numpy as np
 import pytest
-
 from tab import Tab
 
 
@@ -82,16 +81,19 @@ def test_subtitles_hold_every_word_at_its_time(run: Any) -> None:
 def test_the_browsers_own_parser_reads_the_vtt_as_it_was_said(run: Any, chromium: Any) -> None:
     words = ["a<b>", "&", "-->", "fish", "4000", "hours", "later"]
     said = [
-        {"word": word, "start": 2.0 * at + 3598, "end": 2.0 * at + 3599.5, "confidence": 1} for at, word in enumerate(words)
+        {"word": word, "start": 2.0 * at + 3598, "end": 2.0 * at + 3599.5, "confidence": 1}
+        for at, word in enumerate(words)
     ]
     vtt = run("exports", "return m.toVTT(given)", [{"text": " ".join(words), "words": said}])
     page = chromium.new_page()
     read = page.evaluate(
         """(vtt) => new Promise((resolve) => {
-          const track = document.body.appendChild(document.createElement("video")).appendChild(document.createElement("track"));
-          track.onload = () => resolve([...track.track.cues].map((cue) => [cue.startTime, cue.endTime, cue.getCueAsHTML().textContent]));
-          track.src = URL.createObjectURL(new Blob([vtt], { type: "text/vtt" }));
-          track.track.mode = "hidden";
+          const video = document.body.appendChild(document.createElement("video"));
+          const element = video.appendChild(document.createElement("track"));
+          const told = (cue) => [cue.startTime, cue.endTime, cue.getCueAsHTML().textContent];
+          element.onload = () => resolve([...element.track.cues].map(told));
+          element.src = URL.createObjectURL(new Blob([vtt], { type: "text/vtt" }));
+          element.track.mode = "hidden";
         })""",
         vtt,
     )
@@ -114,7 +116,9 @@ def test_nothing_said_makes_empty_files(run: Any) -> None:
 
 
 def test_a_word_longer_than_a_line_stands_alone(run: Any) -> None:
-    words = [{"word": w, "start": at, "end": at + 0.9, "confidence": 1} for at, w in enumerate(["so", "x" * 60, "it", "is"])]
+    words = [
+        {"word": w, "start": at, "end": at + 0.9, "confidence": 1} for at, w in enumerate(["so", "x" * 60, "it", "is"])
+    ]
     cues = parse_srt(run("exports", "return m.toSRT(given)", [{"text": "", "words": words}]))
     assert [line for *_, lines in cues for line in lines] == ["so", "x" * 60, "it is"]
 
@@ -141,7 +145,8 @@ def test_a_full_scale_tone_is_loudest_in_its_own_band(run: Any) -> None:
     levels = run(
         "mel",
         """const analyse = m.logMel(16000);
-        return [...analyse(Float32Array.from({length: analyse.size}, (_, n) => Math.sin(2 * Math.PI * 1000 * n / 16000)))]""",
+        const tone = (_, n) => Math.sin(2 * Math.PI * 1000 * n / 16000);
+        return [...analyse(Float32Array.from({length: analyse.size}, tone))]""",
     )
     edges = librosa.mel_frequencies(66, fmin=60, fmax=8000, htk=True)
     assert abs(int(np.argmax(levels)) - int(np.argmin(abs(edges[1:-1] - 1000)))) <= 1

@@ -9,12 +9,12 @@ import { Tape, toInt16 } from "./tape.js";
 import { Transcript, TranscriptView, minutes } from "./transcript.js";
 
 const ENDED = {
-  stop: () => "Done",
-  idle: () => "The server heard nothing for a while and ended the stream. Press the button to go on.",
-  limit: () => "The stream reached the length the server allows. Press the button to go on in a new one.",
-  shutdown: () => "The server is shutting down. Your text stays here; press the button to go on when it is back.",
-  unreachable: () => "The server does not answer. See that it runs, then press the button again.",
-  lost: () => "The connection could not be taken up again, so the stream is over. The text up to here stays.",
+  stop: "Done",
+  idle: "The server heard nothing for a while and ended the stream. Press the button to go on.",
+  limit: "The stream reached the length the server allows. Press the button to go on in a new one.",
+  shutdown: "The server is shutting down. Your text stays here; press the button to go on when it is back.",
+  unreachable: "The server does not answer. See that it runs, then press the button again.",
+  lost: "The connection could not be taken up again, so the stream is over. The text up to here stays.",
 };
 const MUTED_SECONDS = 3;
 
@@ -118,7 +118,7 @@ class App {
     const on = {
       ready: (message) => this.ready(message),
       text: (message) => this.said(message),
-      lost: (seconds) => this.shell.say(`The connection was lost; trying again in ${seconds.toFixed(1)} s. ${this.run.file ? "" : "What you say is kept."}`, "lost"),
+      lost: (seconds) => this.shell.say(`The connection was lost; trying again in ${seconds.toFixed(1)} s. Nothing is lost that you say meanwhile.`, "lost"),
       over: (outcome) => this.over(outcome),
     };
     const stream = new Stream({ url: address(document.baseURI), part, token: this.token, on });
@@ -182,9 +182,9 @@ class App {
     this.run.stopping = true;
     const closed = this.transcript.close();
     if (closed >= 0) this.view.update(closed, this.transcript.segments[closed]);
-    if (code === "stop" && !because) return this.rest("", ENDED.stop());
-    if (code === "unauthorised") this.shell.askToken();
-    this.rest(because || (ENDED[code]?.() ?? message ?? `The server ended the stream: ${code}.`));
+    if (code === "stop" && !because) return this.rest("", ENDED.stop);
+    this.rest(because || (ENDED[code] ?? message ?? `The server ended the stream: ${code}.`));
+    if (code === "unauthorised") this.askToken();
   }
 
   /** Nothing is on any more; `trouble` says why, where it was not the reader who wanted that. */
@@ -192,6 +192,12 @@ class App {
     this.run = null;
     this.shell.enter("idle", status);
     if (trouble) this.shell.fail(trouble);
+  }
+
+  askToken() {
+    const words = this.token ? "That is not this server's token" : "This server wants a token";
+    this.shell.fail(`${words}: ask the one who runs it, and enter it here.`);
+    this.shell.askToken();
   }
 
   useToken(token) {

@@ -77,7 +77,6 @@ export class Shell {
   /** A notice that stays until the next start. */
   fail(words) {
     $("trouble").textContent = words;
-    $("trouble").scrollIntoView({ block: "nearest" });
   }
 
   askToken() {
