@@ -22,15 +22,15 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def playwright() -> Iterator[Any]:
-    """Ended with this folder: its event loop would stand in the way of other tests' loops."""
+    """Ended with each module: its event loop would stand in the way of those of other tests."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
     with api.sync_playwright() as running:
         yield running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def launch(playwright: Any) -> Iterator[Callable[..., Any]]:
     """Start a Chromium with more flags than the usual."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -47,13 +47,13 @@ def launch(playwright: Any) -> Iterator[Callable[..., Any]]:
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium(launch: Callable[..., Any]) -> Any:
     """Its microphone beeps."""
     return launch()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def home() -> Iterator[str]:
     """Where the page is served; its sockets are answered by the tests."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
