@@ -4,8 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from acts import arrives, drop, listen, says, state, stopped, sweep, wav
+from acts import RATE, arrives, drop, listen, says, state, stopped, sweep, wav
 from tab import Tab
+
+SOCKET = """() => {
+  window.WebSocket = class {
+    static sockets = [];
+    bufferedAmount = 0;
+    sent = 0;
+    constructor() {
+      WebSocket.sockets.push(this);
+      setTimeout(() => this.onopen());
+    }
+    send(data) {
+      if (typeof data === "string") return;
+      this.sent += data.byteLength;
+      this.bufferedAmount += data.byteLength;
+    }
+    close() {}
+    says(message) {
+      this.onmessage({ data: JSON.stringify(message) });
+    }
+  };
+}"""
+READY = {"type": "ready", "stream": "one", "chunk_ms": 320, "received": 0, "model": "", "search": ""}
 
 
 def test_a_full_server_is_told_and_can_be_tried_again(tab: Tab) -> None:
@@ -138,3 +160,39 @@ def test_a_network_that_goes_away_is_noticed_at_once(tab: Tab) -> None:
     says(page, "#status", "connection was lost")
     page.evaluate("dispatchEvent(new Event('online'))")
     says(page, "#status", "^Listening$")
+
+
+def test_a_slow_network_is_not_given_more_than_it_takes(tab: Tab) -> None:
+    tab.page.add_init_script(f"({SOCKET})()")
+    tab.page.clock.install()
+    page = tab.page
+    page.goto(tab.home)
+    drop(page, "speech.wav", wav(sweep(30.0)))
+    page.wait_for_selector("[data-state=reading]")
+    page.clock.run_for(100)
+    page.evaluate("(ready) => WebSocket.sockets[0].says(ready)", READY)
+    sent = []
+    for _ in range(10):
+        page.clock.run_for(500)
+        sent.append(page.evaluate("WebSocket.sockets[0].sent"))
+        page.evaluate("WebSocket.sockets[0].bufferedAmount = 0")
+    per_second = 2 * RATE
+    assert sent[0] <= 5 * per_second
+    assert max(np.diff(sent)) <= 5 * per_second
+    assert sent[-1] == 30 * per_second
+
+
+def test_a_network_that_is_silent_for_too_long_is_given_up(tab: Tab) -> None:
+    tab.page.add_init_script(f"({SOCKET})()")
+    tab.page.clock.install()
+    page = tab.page
+    page.goto(tab.home)
+    drop(page, "speech.wav", wav(sweep(30.0)))
+    page.wait_for_selector("[data-state=reading]")
+    page.clock.run_for(100)
+    page.evaluate("(ready) => WebSocket.sockets[0].says(ready)", READY)
+    page.clock.run_for(6000)
+    assert page.inner_text("#status") == "Reading speech.wav"
+    page.clock.run_for(4000)
+    says(page, "#status", "connection was lost")
+    assert page.evaluate("WebSocket.sockets.length") == 2

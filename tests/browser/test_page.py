@@ -51,6 +51,7 @@ def test_unsure_words_are_marked_and_the_legend_says_so(tab: Tab) -> None:
     tab.server.say("hardly", final=True, segment=1, confidence=0.59)
     says(page, "#text", "hardly")
     assert page.locator("#text .unsure").all_inner_texts() == ["hardly"]
+    assert "less than 60 %" in page.text_content("#notes")
     assert "59 %" in page.locator("#text .unsure").get_attribute("title")
     assert page.locator("#legend .unsure").is_visible()
 

@@ -17,6 +17,8 @@ const ENDED = {
   lost: "The connection could not be taken up again, so the stream is over. The text up to here stays.",
 };
 const MUTED_SECONDS = 3;
+const lost = (seconds) =>
+  `The connection was lost; trying again in ${seconds.toFixed(1)} s. Nothing is lost that you say meanwhile.`;
 
 class App {
   tape = new Tape();
@@ -68,9 +70,10 @@ class App {
   async listen() {
     this.again = () => this.listen();
     const microphone = new Microphone({
-      onBlock: (samples) => this.run?.microphone === microphone && this.heard(samples), // some come after the end
-      onEnd: () => this.run?.microphone === microphone && this.stop("The microphone was unplugged. The text up to here stays."),
+      onBlock: (samples) => mine() && this.heard(samples), // some come after the end
+      onEnd: () => mine() && this.stop("The microphone was unplugged. The text up to here stays."),
     });
+    const mine = () => this.run?.microphone === microphone;
     this.run = { microphone };
     this.player.stop();
     this.shell.enter("asking", "May this page use the microphone?");
@@ -118,7 +121,7 @@ class App {
     const on = {
       ready: (message) => this.ready(message),
       text: (message) => this.said(message),
-      lost: (seconds) => this.shell.say(`The connection was lost; trying again in ${seconds.toFixed(1)} s. Nothing is lost that you say meanwhile.`, "lost"),
+      lost: (seconds) => this.shell.say(lost(seconds), "lost"),
       over: (outcome) => this.over(outcome),
     };
     const stream = new Stream({ url: address(document.baseURI), part, token: this.token, on });
@@ -137,8 +140,9 @@ class App {
   listenFor(peak, seconds) {
     const before = this.run.silent;
     this.run.silent = peak > 0 ? 0 : before + seconds;
-    if (before < MUTED_SECONDS && this.run.silent >= MUTED_SECONDS) this.shell.say("The microphone gives no sound at all: is it muted?");
-    if (before >= MUTED_SECONDS && peak > 0) this.shell.say("Listening");
+    const [was, is] = [before >= MUTED_SECONDS, this.run.silent >= MUTED_SECONDS];
+    if (is && !was) this.shell.say("The microphone gives no sound at all: is it muted?");
+    if (was && !is) this.shell.say("Listening");
   }
 
   ready({ model, search, chunk_ms: chunk }) {
@@ -154,7 +158,8 @@ class App {
     this.view.update(index, segment);
     this.shell.follow(segment);
     const { file, part, samples } = this.run;
-    this.shell.showNumbers({ heard: minutes(part.offset + message.seconds), latency: file ? null : message.latency_ms, factor: this.factor(message) });
+    const heard = minutes(part.offset + message.seconds);
+    this.shell.showNumbers({ heard, latency: file ? null : message.latency_ms, factor: this.factor(message) });
     if (file) this.shell.progress(message.seconds / (samples.length / part.rate));
   }
 

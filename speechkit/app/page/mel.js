@@ -36,7 +36,10 @@ export function filters(rate, size) {
   });
 }
 
-/** Returns a function from `size` real samples to the squared magnitudes of the first half of their spectrum (Cooley and Tukey 1965). */
+/**
+ * Returns a function from `size` real samples, a power of two, to the squared magnitudes of the first half of their
+ * spectrum (Cooley and Tukey 1965).
+ */
 export function fft(size) {
   const bits = Math.log2(size);
   const order = Uint16Array.from({ length: size }, (_, n) => {

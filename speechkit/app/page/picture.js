@@ -51,8 +51,9 @@ export class Picture {
     const all = new Float32Array(this.#pending.length + samples.length);
     all.set(this.#pending);
     all.set(samples, this.#pending.length);
+    const { size } = this.#analyse;
     let at = 0;
-    for (; at + this.#analyse.size <= all.length; at += this.#hop) this.#column(all.subarray(at, at + this.#analyse.size));
+    for (; at + size <= all.length; at += this.#hop) this.#column(all.subarray(at, at + size));
     this.#pending = all.slice(at);
     this.#ask();
   }

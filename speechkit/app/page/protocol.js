@@ -72,7 +72,7 @@ export class Stream {
     });
   }
 
-  /** The network has changed: a connection that is being waited for is tried at once, a live one is tested by dropping it. */
+  /** The network came back: what waits to be tried is tried at once; or went away, and every connection with it. */
   networkChanged(online) {
     if (this.#over) return;
     if (!online) this.#drop();

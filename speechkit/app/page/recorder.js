@@ -4,7 +4,7 @@ const BLOCK_SECONDS = 0.06;
 // Every recogniser here hears speech at 16 kHz or less, and an hour in stereo at 48 kHz would decode to 1.4 GB.
 const FILE_RATE = 16000;
 
-/** A microphone that hands blocks (Float32Array, at `rate` Hz) to `onBlock`, and tells `onEnd` when it was unplugged. */
+/** A microphone that hands Float32Arrays at `rate` Hz to `onBlock`, and calls `onEnd` when it was unplugged. */
 export class Microphone {
   #context = null;
   #node = null;
@@ -49,7 +49,7 @@ export class Microphone {
     const samples = Math.round(BLOCK_SECONDS * this.rate);
     const node = new AudioWorkletNode(this.#context, "capture", { processorOptions: { samples } });
     node.port.onmessage = ({ data }) => data && this.onBlock(data);
-    node.connect(this.#context.destination); // it is silent, but without a way to the speakers some browsers let it sleep
+    node.connect(this.#context.destination); // silent, but without a way to the speakers some browsers let it sleep
     return node;
   }
 
@@ -106,7 +106,7 @@ async function ask(device) {
 
 const REFUSED = {
   NotAllowedError:
-    "The microphone may not be used: allow it for this page (the symbol beside the address), then press the button again.",
+    "The microphone may not be used: allow it for this page (beside the address), then press the button again.",
   NotFoundError: "No microphone was found: plug one in, then press the button again. Files can be read without one.",
   NotReadableError: "The microphone is in use elsewhere: close the program that holds it, then press the button again.",
 };
@@ -117,6 +117,7 @@ function insecure() {
   const at = port || "80";
   return (
     "Browsers give the microphone only to pages that came over https or from this computer itself. Serve it with a " +
-    `certificate, or run “ssh -L ${at}:localhost:${at} ${hostname}” and open http://localhost:${at}. Files can be read here too.`
+    `certificate, or run “ssh -L ${at}:localhost:${at} ${hostname}” and open http://localhost:${at}. ` +
+    "Files can be read here too."
   );
 }

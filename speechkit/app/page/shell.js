@@ -9,7 +9,13 @@ const FORMATS = {
   vtt: [toVTT, "text/vtt"],
   json: [toJSON, "application/json"],
 };
-const BUTTONS = { idle: "Start listening", asking: "Start listening", listening: "Stop listening", reading: "Stop reading", stopping: "Stopping" };
+const BUTTONS = {
+  idle: "Start listening",
+  asking: "Start listening",
+  listening: "Stop listening",
+  reading: "Stop reading",
+  stopping: "Stopping",
+};
 const LOWEST_DB = -60;
 const ANNOUNCED = 3; // final segments kept for screen readers, and away from the browser's search
 

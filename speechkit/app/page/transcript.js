@@ -131,11 +131,10 @@ function fill(said, { found, after }) {
 }
 
 function mark(node, word, sure) {
-  const unsure = word.confidence < UNSURE;
   if (node.textContent !== word.word) node.textContent = word.word;
-  for (const [name, on] of [["word", true], ["unsure", unsure], ["stable", sure === "stable"], ["partial", sure === "partial"]]) {
-    node.classList.toggle(name, on);
-  }
+  node.classList.add("word");
+  node.classList.toggle("unsure", word.confidence < UNSURE);
+  for (const name of ["stable", "partial"]) node.classList.toggle(name, sure === name);
   node.title = `${minutes(word.start)} · ${Math.round(100 * word.confidence)} % sure`;
   node.said = word;
 }
