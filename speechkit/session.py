@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser, samples_of
 from speechkit.search import Endpoint, Search, stable_prefix
-from speechkit.stream import Context, put, state_bytes, take
+from speechkit.stream import Context, clone_state, put, put_, state_bytes, take
 from speechkit.types import Hypothesis, Seconds, Transcript, Word
 
 CHUNK: Seconds = 0.64
@@ -127,7 +127,7 @@ class Session:
         self.endpoint = endpoint
         self.chunk = self.context.latency() * recogniser.frame_samples  # samples a step takes of each stream
         self._streams: list[_Stream | None] = [None] * slots
-        self._state = recogniser.init_state(slots, context=self.context)
+        self._state = clone_state(recogniser.init_state(slots, context=self.context))
         self._found = self.search.init_state(slots)
 
     @property
@@ -165,7 +165,7 @@ class Session:
         resampler = Resampler(
             source_hz=sample_rate or self.recogniser.sample_rate, target_hz=self.recogniser.sample_rate
         )
-        self._state = put(self._state, [slot], self.recogniser.init_state(1, context=self.context))
+        self._state = put_(self._state, [slot], self.recogniser.init_state(1, context=self.context))
         self._found = put(self._found, [slot], self.search.init_state(1))
         self._streams[slot] = _Stream(resampler, resampler.init_state(1))
         return slot
@@ -222,7 +222,7 @@ class Session:
         everyone = len(rows) == len(self._streams)  # then nothing has to be gathered or put back
         state = self._state if everyone else take(self._state, rows)
         encoded, state = self.recogniser.stream(samples, lengths, state, context=self.context)
-        self._state = state if everyone else put(self._state, rows, state)
+        self._state = state if everyone else put_(self._state, rows, state)
         beams, found = self.search.step(encoded, take(self._found, rows))
         self._found = put(self._found, rows, found)
         for slot, frames in zip(rows, encoded.lengths.tolist(), strict=True):

@@ -272,6 +272,23 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
     return _map(replace, state, fresh)
 
 
+def put_(state: State, rows: Sequence[int], fresh: State) -> State:
+    """As `put`, but written into the tensors of ``state``, which is consumed: it costs what ``fresh`` is large.
+
+    For who owns a state alone, with no tensor in it that is a view of another.
+    """
+
+    def write(old: Any, new: Any) -> Any:
+        if isinstance(old, Tensor):
+            old[list(rows)] = new.to(old.dtype)
+        else:
+            for row, item in zip(rows, new, strict=True):
+                old[row] = item
+        return old
+
+    return _map(write, state, fresh)
+
+
 def clone_state(state: State) -> State:
     """A copy that a step can consume while the original lives on."""
     return _map(lambda x: x.clone() if isinstance(x, Tensor) else list(x), state)

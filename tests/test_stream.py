@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from speechkit.stream import Context, ContextSampler, Span, carry, keep_valid, put, state_bytes, take
+from speechkit.stream import Context, ContextSampler, Span, carry, keep_valid, put, put_, state_bytes, take
 
 
 def by_hand(context: Context, query: int, key: int) -> bool:
@@ -98,6 +98,16 @@ def test_rows_of_a_state_move_together_through_tuples_dicts_and_lists() -> None:
     assert after[1]["tail"][2].tolist() == [0.0, 1.0]
     assert state[0].tolist() == [0, 1, 2] and state[2] == ["a", "b", "c"], "the old state is left alone"
     assert state_bytes(state) == 3 * 8 + 6 * 4
+
+
+def test_rows_written_in_place_are_those_that_put_gives() -> None:
+    state = (torch.arange(3), {"tail": torch.arange(6.0).view(3, 2)}, ["a", "b", "c"], None)
+    fresh = take(state, [2, 0])
+    wanted, tail = put(state, [0, 1], fresh), state[1]["tail"]
+    after = put_(state, [0, 1], fresh)
+    assert after[0].tolist() == wanted[0].tolist() == [2, 0, 2]
+    assert after[1]["tail"].tolist() == wanted[1]["tail"].tolist() and after[2:] == wanted[2:]
+    assert after[1]["tail"] is tail, "no other memory is taken"
 
 
 def test_span_counts_positions_on_each_streams_own_clock() -> None:

@@ -142,7 +142,11 @@ def _serve(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
     )
     verb.add_argument("--port", type=int, default=8765, help="(default 8765; 0 takes any that is free)")
-    verb.add_argument("--token", help="a secret that clients must say")
+    verb.add_argument(
+        "--token",
+        default=os.environ.get("SPEECHKIT_TOKEN"),
+        help="a secret that clients must say; SPEECHKIT_TOKEN in the environment keeps it out of the list of processes",
+    )
     verb.add_argument("--device", metavar="NAME", help="for example cpu or cuda:1; a GPU if there is one unless given")
     verb.add_argument(
         "--chunk-ms", type=_milliseconds, metavar="N", help="length of a chunk; the model's own unless given"

@@ -45,6 +45,29 @@ def test_a_new_segment_is_a_new_paragraph_with_its_time(tab: Tab) -> None:
     assert page.locator("#text p:visible").all_inner_texts() == ["0:00\none", "1:15\nthree"]
 
 
+def test_a_word_keeps_the_focus_while_the_text_around_it_changes(tab: Tab) -> None:
+    page = listen(tab)
+    tab.server.say("one two", stable="one")
+    says(page, "#text", "one two")
+    page.locator(".word").first.focus()
+    tab.server.say("one too three four", stable="one")
+    says(page, "#text", "three four")
+    tab.server.say("one three", final=True)
+    says(page, "#text", "one three")
+    assert page.evaluate("document.activeElement.textContent") == "one"
+    assert page.locator("#text .word").all_inner_texts() == ["one", "three"]
+
+
+def test_text_without_words_is_shown_as_it_is(tab: Tab) -> None:
+    page = listen(tab)
+    message = {"type": "text", "segment": 0, "stable": "", "words": [], "seconds": 1.0, "latency_ms": 1.0}
+    tab.server.send(**message, text="not timed yet", final=False)
+    says(page, "#text .said", "^not timed yet$")
+    assert page.locator("#text .partial").count() == 1
+    tab.server.say("timed now", final=True)
+    says(page, "#text .said", "^timed now$")
+
+
 def test_unsure_words_are_marked_and_the_legend_says_so(tab: Tab) -> None:
     page = listen(tab)
     tab.server.say("sure", final=True, confidence=0.6)
@@ -134,6 +157,16 @@ def test_text_that_was_not_saved_is_cleared_only_after_asking(tab: Tab) -> None:
     page.click("#discard")
     page.wait_for_selector("#text .word", state="detached")
     assert page.locator("#invitation").is_visible() and page.locator("#tools").is_hidden()
+
+
+def test_the_page_is_not_left_with_text_that_was_not_saved(tab: Tab) -> None:
+    page = read(tab, sweep(1.0), "precious")
+    page.click("#help")  # browsers ask only those who have touched the page
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    page.close(run_before_unload=True)
+    page.wait_for_timeout(300)
+    assert asked == ["beforeunload"]
 
 
 def test_the_whole_journey_goes_by_keyboard(tab: Tab) -> None:

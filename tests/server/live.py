@@ -11,8 +11,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
+
+pytest.importorskip("uvicorn", reason="the server is not installed: pip install 'speechkit[serve]'")
 
 from speechkit.app.serve import Server, listen
 from speechkit.app.serve.service import Service
@@ -26,8 +29,8 @@ SCALES = {"pcm_s16le": ("<i2", 32767), "pcm_f32le": ("<f4", 1)}
 class Running:
     """A server that runs: its service, and where it is."""
 
-    def __init__(self, service: Service, port: int) -> None:
-        self.service, self.port = service, port
+    def __init__(self, server: Server, port: int) -> None:
+        self.server, self.service, self.port = server, server.service, port
         self.url, self.http = f"ws://127.0.0.1:{port}/v1/stream", f"http://127.0.0.1:{port}"
 
     def settle(self, within: float = 10.0) -> None:
@@ -46,7 +49,7 @@ def running(session: Session, limits: Limits | None = None, **options: Any) -> I
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Running(server.service, port)
+            yield Running(server, port)
         finally:
             server.should_exit = True
             thread.join(20)

@@ -14,6 +14,7 @@ from overfit import Overfit
 from websockets.asyncio.client import connect
 
 from speechkit.app.serve.engine import level_db
+from speechkit.app.serve.stream import Outbox
 from speechkit.app.serve.streams import RATES, Limits
 from speechkit.search import Rescored
 from speechkit.session import Session, Update
@@ -209,8 +210,36 @@ def test_a_connection_may_be_cut_after_stop_and_replaced_while_it_lives(server: 
     server.settle()
 
 
+def test_a_slow_reader_gets_every_final_text_and_of_the_others_the_newest() -> None:
+    async def talk() -> list[str | None]:
+        outbox = Outbox()
+        for segment in "ab":
+            for number in range(3):
+                outbox.put(f"{segment}{number}", final=False)
+            outbox.put(f"{segment} is final", final=True)
+        for number in range(3):
+            outbox.put(f"c{number}", final=False)
+        first = [await outbox.take() for _ in range(3)]
+        outbox.close("end")
+        first += [await outbox.take(), await outbox.take()]
+        outbox.repeat()
+        return [*first, *[await outbox.take() for _ in range(4)]]
+
+    assert asyncio.run(talk()) == [
+        "a is final",
+        "b is final",
+        "c2",
+        "end",
+        None,
+        "a is final",
+        "b is final",
+        "end",
+        None,
+    ]
+
+
 def test_a_client_faster_than_speech_is_slowed_not_buffered(server: Running, overfit: Overfit) -> None:
-    data = pcm(speech(overfit, 16000, *[0, 1, 2, 3] * 12))  # two minutes
+    data = pcm(speech(overfit, 16000, *[0, 1, 2, 3] * 6))  # a minute
     most = 0
 
     async def talk() -> list[Message]:
@@ -225,5 +254,5 @@ def test_a_client_faster_than_speech_is_slowed_not_buffered(server: Running, ove
         return await talking
 
     messages = asyncio.run(talk())
-    assert text(messages) == " ".join(overfit.texts.values()) + (" " + " ".join(overfit.texts.values())) * 11
+    assert text(messages) == " ".join(overfit.texts.values()) + (" " + " ".join(overfit.texts.values())) * 5
     assert 0 < most <= 500_000 + 2 * 32_000 + 2 * 10_240

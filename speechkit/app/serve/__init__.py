@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,10 +60,19 @@ def serve(
     limits = Limits(max_streams, max_per_address, resume_seconds, idle_seconds, max_seconds)
     session = Session(recogniser, slots=max_streams, context=live_context(recogniser, seconds(chunk_ms)))
     with listen(host, port) as listening:
+        warm(session)
         name = Path(model).resolve().name
         service = Service(session, limits, name=name, token=token, origins=allow_origin, local=is_local(host))
         print(f"speechkit: {name} listens on {url(listening)} ({service.about})", flush=True)
         Server(service).run([listening])
+
+
+def warm(session: Session) -> None:
+    """Hear two chunks of silence: operators are built at first use, and no client should wait for that."""
+    slot = session.join()
+    session.push(slot, torch.zeros(2 * session.chunk))
+    session.finish(slot)
+    deque(session.drain())
 
 
 def ready(model: str, device: str | None, search: str | None) -> Recogniser:
@@ -89,10 +100,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         remedy = "choose another one with --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "check --host"
         raise ValueError(
-            f"The server must get an address of its own, but {host} port {port} cannot be had "
-            f"({error.strerror or error}); {remedy}."
+            f"The server must get an address of its own, but {host} port {port} cannot be had ({reason}); {remedy}."
         ) from error
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # RFC 5482; inherited by the connections, as the line above

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import mimetypes
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +27,19 @@ from speechkit.types import Seconds
 PAGE = Path(__file__).parents[1] / "page"
 OPENING: Seconds = 10.0  # for the first message of a connection
 TEXT_CHARACTERS = 4096
+# Not the tables of the machine: some call scripts plain text, which browsers then refuse to run.
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".ico": "image/x-icon",
+    ".woff2": "font/woff2",
+    ".wav": "audio/wav",
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; worker-src 'self' blob:; style-src 'self'; "
     "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; manifest-src 'self'; base-uri 'none'; "
@@ -86,6 +98,7 @@ class Service:
                 Route("/health", self.get_health),
                 Route("/metrics", self.get_metrics),
                 WebSocketRoute("/v1/stream", self.stream),
+                Route("/{rest:path}", self.get_nothing),
             ],
             lifespan=self._lifespan,
         )
@@ -98,11 +111,12 @@ class Service:
     async def get_page(self, request: Request) -> Response:
         file = self.page.get(request.path_params.get("name", "index.html"))
         if file is None:
-            return PlainTextResponse(
-                "This server has no such page; /health and /metrics tell how it is.\n", 404, HEADERS
-            )
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+            return await self.get_nothing(request)
+        kind = KINDS.get(file.suffix, "application/octet-stream")
         return FileResponse(file, headers=HEADERS, media_type=kind)
+
+    async def get_nothing(self, _: Request) -> Response:
+        return PlainTextResponse("There is no such page here; try /, /health or /metrics.\n", 404, HEADERS)
 
     async def get_health(self, _: Request) -> Response:
         closing, count = self.streams.closing, len(self.streams.open)

@@ -169,13 +169,13 @@ class Stream:
         return count / (self._width * self.sample_rate)
 
     def say(self, heard: Heard) -> None:
-        """Put what was heard into the outbox."""
+        """Put what was heard into the outbox. Raises `StreamError` where that is full."""
         update = heard.update
-        self.outbox.put(message_of(heard), final=update.final)
         if update.ended:
             self.ended = True
             end = {"type": "end", "seconds": round(update.seconds, 3), "reason": self.reason}
             self.outbox.close(json.dumps(end))
+        self.outbox.put(message_of(heard), final=update.final)
 
     def _piece(self) -> int:
         """Bytes up to the next border of a chunk, and what the resampler holds back there."""
