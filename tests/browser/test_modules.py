@@ -26,16 +26,16 @@ def run(tab: Tab) -> Any:
 
 
 def spoken(seed: int) -> list[dict[str, Any]]:
-    """Segments of random words: short and long ones, pauses, sentences that end, at most 20 s each."""
+    """Segments of random words: short and long ones, said fast and slowly, pauses, sentences that end."""
     dice = random.Random(seed)
     segments, now = [], dice.uniform(0, 3)
     for _ in range(dice.randrange(1, 6)):
-        words = []
+        words, slow = [], dice.choice([1, 1, 2.5])
         for _ in range(dice.randrange(1, 40)):
-            length = dice.uniform(0.05, 0.6)
-            word = "".join(dice.choices("abcdefgh", k=dice.randrange(1, 14))) + dice.choice(["", "", "", ".", ","])
+            length = slow * dice.uniform(0.05, 0.6)
+            word = "".join(dice.choices("abcdefgh", k=dice.randrange(1, 14))) + dice.choice(["", "", "", "", ".", ","])
             words.append({"word": word, "start": now, "end": now + length, "confidence": dice.random()})
-            now += length + dice.choice([0, 0, 0.1, 0.3, 2.5])
+            now += length + slow * dice.choice([0, 0, 0.1, 0.3, 1.0])
         segments.append({"text": " ".join(word["word"] for word in words), "words": words})
         now += dice.choice([0.0, 1.0, 8.0])
     return segments
@@ -151,6 +151,28 @@ def test_a_full_scale_tone_is_loudest_in_its_own_band(run: Any) -> None:
     edges = librosa.mel_frequencies(66, fmin=60, fmax=8000, htk=True)
     assert abs(int(np.argmax(levels)) - int(np.argmin(abs(edges[1:-1] - 1000)))) <= 1
     assert -3 < max(levels) < 2
+
+
+def test_the_audio_thread_hands_over_every_sample_in_blocks_and_the_last_ones_when_asked(tab: Tab) -> None:
+    blocks = tab.open().evaluate(
+        """async () => {
+          const posted = [], port = { postMessage: (block) => posted.push(block && [...block]) };
+          globalThis.AudioWorkletProcessor = class { port = port; };
+          globalThis.registerProcessor = (_, Processor) => (globalThis.Capture = Processor);
+          await import("/page/capture.js");
+          const capture = new Capture({ processorOptions: { samples: 300 } });
+          for (let at = 0; at < 8 * 128; at += 128) {
+            capture.process([[Float32Array.from({ length: 128 }, (_, k) => at + k)]]);
+          }
+          capture.process([[]]); // a microphone that went away
+          port.onmessage();
+          return [posted, capture.process([[]])];
+        }"""
+    )
+    (*full, rest, end), runs = blocks
+    assert [len(block) for block in full] == [300, 300, 300]
+    assert [x for block in (*full, rest) for x in block] == list(range(1024))
+    assert end is None and runs is False
 
 
 def test_the_tape_gives_back_what_it_took_and_forgets_what_is_more_than_an_hour_old(run: Any) -> None:
