@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import librosa
@@ -13,16 +14,17 @@ import pytest
 from tab import Tab
 
 
-@pytest.fixture
-def run(tab: Tab) -> Any:
+@pytest.fixture(scope="module")
+def run(chromium: Any, home: str) -> Iterator[Callable[..., Any]]:
     """``run(module, body, given)``: the value of a JavaScript body with the module's exports as ``m``."""
-    page = tab.open()
+    with Tab(chromium, home) as tab:
+        page = tab.open()
 
-    def call(module: str, body: str, given: Any = None) -> Any:
-        script = f"async (given) => {{ const m = await import('/page/{module}.js'); {body} }}"
-        return page.evaluate(script, given)
+        def call(module: str, body: str, given: Any = None) -> Any:
+            script = f"async (given) => {{ const m = await import('/page/{module}.js'); {body} }}"
+            return page.evaluate(script, given)
 
-    return call
+        yield call
 
 
 def spoken(seed: int) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def parse_srt(text: str) -> list[tuple[float, float, list[str]]]:
     return cues
 
 
-def test_subtitles_are_short_enough_to_read_and_stand_long_enough(run: Any) -> None:
+def test_subtitles_are_short_enough_to_read_and_stand_long_enough(run: Callable[..., Any]) -> None:
     for segments in map(spoken, range(60)):
         cues = parse_srt(run("exports", "return m.toSRT(given)", segments))
         for number, (start, end, lines) in enumerate(cues):
@@ -66,7 +68,7 @@ def test_subtitles_are_short_enough_to_read_and_stand_long_enough(run: Any) -> N
             assert end <= follows
 
 
-def test_subtitles_hold_every_word_at_its_time(run: Any) -> None:
+def test_subtitles_hold_every_word_at_its_time(run: Callable[..., Any]) -> None:
     for segments in map(spoken, range(60)):
         cues = parse_srt(run("exports", "return m.toSRT(given)", segments))
         words = [word for segment in segments for word in segment["words"]]
@@ -78,7 +80,7 @@ def test_subtitles_hold_every_word_at_its_time(run: Any) -> None:
             assert end >= said[-1]["end"] - 1e-3
 
 
-def test_the_browsers_own_parser_reads_the_vtt_as_it_was_said(run: Any, chromium: Any) -> None:
+def test_the_browsers_own_parser_reads_the_vtt_as_it_was_said(run: Callable[..., Any], chromium: Any) -> None:
     words = ["a<b>", "&", "-->", "fish", "4000", "hours", "later"]
     said = [
         {"word": word, "start": 2.0 * at + 3598, "end": 2.0 * at + 3599.5, "confidence": 1}
@@ -103,19 +105,19 @@ def test_the_browsers_own_parser_reads_the_vtt_as_it_was_said(run: Any, chromium
     assert read[0][0] == 3598.0 and read[-1][1] == pytest.approx(3611.5)
 
 
-def test_text_and_json_hold_what_was_said(run: Any) -> None:
+def test_text_and_json_hold_what_was_said(run: Callable[..., Any]) -> None:
     segments = spoken(3)
     assert run("exports", "return m.toText(given)", segments) == "".join(f"{s['text']}\n" for s in segments)
     written = json.loads(run("exports", "return m.toJSON(given, {model: 'x'})", segments))
     assert written == {"model": "x", "text": "\n".join(s["text"] for s in segments), "segments": segments}
 
 
-def test_nothing_said_makes_empty_files(run: Any) -> None:
+def test_nothing_said_makes_empty_files(run: Callable[..., Any]) -> None:
     wrote = run("exports", "return [m.toText([]), m.toSRT([]), m.toVTT([]), JSON.parse(m.toJSON([])).segments]")
     assert wrote == ["", "", "WEBVTT\n", []]
 
 
-def test_a_word_longer_than_a_line_stands_alone(run: Any) -> None:
+def test_a_word_longer_than_a_line_stands_alone(run: Callable[..., Any]) -> None:
     words = [
         {"word": w, "start": at, "end": at + 0.9, "confidence": 1} for at, w in enumerate(["so", "x" * 60, "it", "is"])
     ]
@@ -123,14 +125,14 @@ def test_a_word_longer_than_a_line_stands_alone(run: Any) -> None:
     assert [line for *_, lines in cues for line in lines] == ["so", "x" * 60, "it is"]
 
 
-def test_the_spectrum_is_numpys(run: Any) -> None:
+def test_the_spectrum_is_numpys(run: Callable[..., Any]) -> None:
     samples = np.random.default_rng(0).normal(size=512)
     power = run("mel", "return [...m.fft(512)(Float32Array.from(given))]", samples.tolist())
     np.testing.assert_allclose(power, abs(np.fft.rfft(samples)) ** 2, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 48000])
-def test_the_mel_bands_are_librosas(run: Any, rate: int) -> None:
+def test_the_mel_bands_are_librosas(run: Callable[..., Any], rate: int) -> None:
     size = 2 ** round(np.log2(0.025 * rate))
     rows = np.zeros((64, size // 2 + 1))
     for row, band in zip(rows, run("mel", "return m.filters(...given)", [rate, size]), strict=True):
@@ -141,7 +143,7 @@ def test_the_mel_bands_are_librosas(run: Any, rate: int) -> None:
     np.testing.assert_allclose(rows[wide], theirs[wide], atol=1e-4)
 
 
-def test_a_full_scale_tone_is_loudest_in_its_own_band(run: Any) -> None:
+def test_a_full_scale_tone_is_loudest_in_its_own_band(run: Callable[..., Any]) -> None:
     levels = run(
         "mel",
         """const analyse = m.logMel(16000);
@@ -175,7 +177,7 @@ def test_the_audio_thread_hands_over_every_sample_in_blocks_and_the_last_ones_wh
     assert end is None and runs is False
 
 
-def test_the_tape_gives_back_what_it_took_and_forgets_what_is_more_than_an_hour_old(run: Any) -> None:
+def test_the_tape_gives_back_what_it_took_and_forgets_what_is_more_than_an_hour_old(run: Callable[..., Any]) -> None:
     first, again, forgotten, kept = run(
         "tape",
         """const tape = new m.Tape();
@@ -193,7 +195,7 @@ def test_the_tape_gives_back_what_it_took_and_forgets_what_is_more_than_an_hour_
     assert forgotten is None and kept == 60
 
 
-def test_loud_samples_are_clipped_and_the_rest_is_rounded(run: Any) -> None:
+def test_loud_samples_are_clipped_and_the_rest_is_rounded(run: Callable[..., Any]) -> None:
     assert run("tape", "return [...m.toInt16(Float32Array.of(0, 0.5, -1, 1, 3, -3))]") == [
         0, 16384, -32767, 32767, 32767, -32767,
     ]  # fmt: skip
@@ -206,11 +208,11 @@ def test_loud_samples_are_clipped_and_the_rest_is_rounded(run: Any) -> None:
         ("https://example.org/live/?a#b", "wss://example.org/live/v1/stream"),
     ],
 )
-def test_the_stream_is_sought_beside_the_page(run: Any, base: str, url: str) -> None:
+def test_the_stream_is_sought_beside_the_page(run: Callable[..., Any], base: str, url: str) -> None:
     assert run("protocol", "return m.address(given)", base) == url
 
 
-def test_words_keep_their_times_over_several_streams(run: Any) -> None:
+def test_words_keep_their_times_over_several_streams(run: Callable[..., Any]) -> None:
     said = {"segment": 0, "text": "yes", "stable": "yes", "final": True,
             "words": [{"word": "yes", "start": 1, "end": 2, "confidence": 1}]}  # fmt: skip
     segments = run(
@@ -225,7 +227,7 @@ def test_words_keep_their_times_over_several_streams(run: Any) -> None:
     assert [(s["text"], s["words"][0]["start"], s["final"]) for s in segments] == [("yes", 1, True), ("no", 11, True)]
 
 
-def test_what_is_stable_is_told_word_by_word(run: Any) -> None:
+def test_what_is_stable_is_told_word_by_word(run: Callable[..., Any]) -> None:
     words = [{"word": word, "start": 0, "end": 1, "confidence": 1} for word in ("one", "two", "three")]
     heard = {"text": "one, two three.", "stable": "one, two", "final": False, "words": words}
     parts = run("transcript", "return m.pieces(given)", heard)
