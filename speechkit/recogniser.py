@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from speechkit.cut import clips as cut
 from speechkit.features import read
 from speechkit.search import Search, align
 from speechkit.stream import Context, State
@@ -19,8 +20,7 @@ from speechkit.text import Tokenizer, words
 from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript
 
 Audio = str | Path | np.ndarray | Tensor
-BATCH_SECONDS: Seconds = 120.0  # of padded audio encoded together at most
-LONG_FRAMES = 768  # a longer recording than a batch is heard in chunks of so many encoder frames, and remembers as many
+BATCH_SECONDS: Seconds = 120.0  # of padded audio encoded together at most; a longer recording is cut
 
 
 class Recogniser(nn.Module):
@@ -128,12 +128,12 @@ class Recogniser(nn.Module):
     ) -> Transcript | list[Transcript]:
         """The text of recordings: files of any rate and number of channels, or samples ``[N]`` at the model's rate.
 
-        Memory is bounded: recordings are encoded in batches of similar length, and one beyond two minutes is streamed,
-        with 30 s or more in sight at any time, where the encoder can.
+        Memory beside the samples is bounded: recordings are encoded in batches of similar length, and one beyond two
+        minutes is cut at its quietest places into clips of 10 to 20 s (`speechkit.cut`), each heard from a fresh state.
 
         Args:
             audio: one recording, or several.
-            context: what the encoder may see; all of the recording unless given.
+            context: what the encoder may see; all of the recording, or of the clip, unless given.
             search: instead of the model's own.
             batch: recordings encoded together at most.
 
@@ -149,9 +149,11 @@ class Recogniser(nn.Module):
         transcripts: dict[int, Transcript] = {}
         with evaluating(self):
             for rows in batches([len(clip) for clip in clips], batch, int(BATCH_SECONDS * self.sample_rate)):
-                heard = self._hear([clips[row] for row in rows], context, search or self.search)
-                for row, (best, *_) in zip(rows, heard, strict=True):
-                    transcripts[row] = self.transcript(best, len(clips[row]) / self.sample_rate)
+                if len(clips[rows[0]]) > BATCH_SECONDS * self.sample_rate:
+                    heard = [self._hear_cut(clips[rows[0]], context, search, batch)]
+                else:
+                    heard = self._hear([clips[row] for row in rows], context, search or self.search)
+                transcripts |= zip(rows, heard, strict=True)
         return [transcripts[row] for row in range(len(clips))]
 
     @torch.inference_mode()
@@ -195,32 +197,20 @@ class Recogniser(nn.Module):
             return samples_of(read(audio, self.sample_rate), str(audio))
         return samples_of(audio, name)
 
-    def _hear(self, clips: list[Tensor], context: Context, search: Search) -> list[list[Hypothesis]]:
-        if len(clips[0]) > BATCH_SECONDS * self.sample_rate:
-            live = Context(left=LONG_FRAMES, chunk=LONG_FRAMES) if context == Context() else context
-            if self._streams(live):
-                return self._hear_in_chunks(clips[0], live, search)
+    def _hear(self, clips: list[Tensor], context: Context, search: Search) -> list[Transcript]:
         width = max(self.frame_samples, *map(len, clips))  # no layer has to cope with a width of 0
         samples = torch.stack([nn.functional.pad(clip, (0, width - len(clip))) for clip in clips])
         lengths = torch.tensor([len(clip) for clip in clips])
-        return search(self.encode(samples.to(self.device), lengths.to(self.device), context=context))
+        found = search(self.encode(samples.to(self.device), lengths.to(self.device), context=context))
+        return [
+            self.transcript(best, len(clip) / self.sample_rate) for clip, (best, *_) in zip(clips, found, strict=True)
+        ]
 
-    def _hear_in_chunks(self, clip: Tensor, context: Context, search: Search) -> list[list[Hypothesis]]:
-        state, found = self.init_state(1, context=context), search.init_state(1)
-        chunk = context.latency() * self.frame_samples
-        for piece in clip.split(chunk):
-            samples = nn.functional.pad(piece, (0, chunk - len(piece)))[None].to(self.device)
-            lengths = torch.tensor([len(piece)], device=self.device)
-            encoded, state = self.stream(samples, lengths, state, context=context)
-            _, found = search.step(encoded, found)
-        return search.finish(found)
-
-    def _streams(self, context: Context) -> bool:
-        try:
-            self.init_state(1, context=context)
-        except ValueError:
-            return False
-        return True
+    def _hear_cut(self, clip: Tensor, context: Context, search: Search | None, batch: int) -> Transcript:
+        parts = list(cut([clip], self.sample_rate))
+        heard = self.transcribe([part.samples for part in parts], context=context, search=search, batch=batch)
+        whole = [found.later(part.start / self.sample_rate) for part, found in zip(parts, heard, strict=True)]
+        return Transcript.joined(whole, len(clip) / self.sample_rate)
 
 
 def samples_of(audio: np.ndarray | Tensor, name: str) -> Float[Tensor, "N"]:

@@ -3,6 +3,9 @@
 A `Session` is synchronous and holds no thread: `push` only remembers samples, `step` advances every stream that has a
 whole chunk of them, by one chunk, all in one batch. A stream is cut into the same chunks however it was pushed, so its
 results are the same in any division and beside any number of other streams. See docs/streaming.md.
+
+What is heard of a stream are its regions: all of it is one, or, behind a `Vad`, every stretch of speech. Each begins
+with a fresh row of the state: a stream in silence costs no step of the model, and positions grow within a region only.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser, samples_of
 from speechkit.search import Endpoint, Search, stable_prefix
 from speechkit.stream import Context, clone_state, put, put_, state_bytes, take
-from speechkit.types import Hypothesis, Seconds, Transcript, Word
+from speechkit.traced import Traced
+from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript, Word
+from speechkit.vad import Piece, Vad, Voices, listen
 
 CHUNK: Seconds = 0.64
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # streams a step is traced for; fewer than the next size go with it
 LEFT: Seconds = 2.56  # four such chunks cost 0.07 % CER against all of the past (wenet runtime/gpu, WenetSpeech)
 
 
@@ -39,7 +45,7 @@ class Update:
         words: with times from the start of the stream.
         final: the segment is over and its text stays.
         ended: the stream is over as well, and its slot is free.
-        seconds: audio of the stream heard so far.
+        seconds: audio of the stream heard so far, silence included.
     """
 
     slot: int
@@ -53,18 +59,15 @@ class Update:
 
 
 @dataclass
-class _Stream:
-    """What a slot holds beside its row of the batched state."""
+class _Region:
+    """A stretch of a stream that is heard from a fresh state."""
 
-    resampler: Resampler
-    held: Any  # the resampler's state
-    pending: deque[Tensor] = field(default_factory=deque)  # at the model's rate, not heard yet
+    start: int  # samples from the start of the stream, at the model's rate, as are the following
+    pending: deque[Tensor] = field(default_factory=deque)  # not heard yet
     waiting: int = 0  # samples in ``pending``
-    heard: int = 0  # samples
-    ending: bool = False
-    segment: int = 0
+    heard: int = 0
+    over: bool = False  # nothing follows what is pending
     before: int = 0  # encoder frames of earlier segments
-    frames: int = 0  # encoder frames of this one
 
     def add(self, samples: Float[Tensor, "N"]) -> None:
         self.pending.append(samples)
@@ -81,6 +84,39 @@ class _Stream:
         self.waiting -= most - room
         self.heard += most - room
         return torch.cat(parts)
+
+
+@dataclass
+class _Stream:
+    """What a slot holds beside its row of the batched state."""
+
+    resampler: Resampler
+    held: Any  # the resampler's state
+    voices: Voices | None  # tells what of the stream is heard; ``None`` where all is
+    regions: deque[_Region] = field(default_factory=deque)  # those that are not over; all but the last are complete
+    ending: bool = False
+    segment: int = 0
+    frames: int = 0  # encoder frames of this segment
+
+    @property
+    def waiting(self) -> int:
+        return sum(region.waiting for region in self.regions) + (self.voices.waiting if self.voices else 0)
+
+    def add(self, samples: Float[Tensor, "N"]) -> None:
+        if self.voices:
+            self.voices.add(samples)
+        else:
+            self.place(Piece(0, samples, self.ending))
+
+    def place(self, piece: Piece) -> None:
+        """The next samples that are heard; the last ones of a stream come when it is ending."""
+        if not self.regions or self.regions[-1].over:
+            self.regions.append(_Region(piece.start))
+        self.regions[-1].add(piece.samples)
+        self.regions[-1].over = piece.over
+
+    def ready(self, chunk: int) -> bool:
+        return bool(self.regions) and (self.regions[0].over or self.regions[0].waiting >= chunk)
 
 
 class Session:
@@ -105,9 +141,12 @@ class Session:
             unless given.
         endpoint: when a segment is over: its text becomes final, and what follows is a new segment. Memory and delay
             of a stream stay bounded by it; ``None`` keeps one segment to the end, whose text alone grows.
+        vad: what of a stream is heard; silence costs no step of the model, and the end of speech ends a segment. All is
+            heard unless given.
 
     Raises:
-        ValueError: where the encoder cannot stream, or not with this context.
+        ValueError: where the encoder cannot stream, or not with this context, or the detector of ``vad`` hears another
+            sample rate.
     """
 
     def __init__(
@@ -118,17 +157,39 @@ class Session:
         context: Context | None = None,
         search: Callable[[nn.Module], Search] | None = None,
         endpoint: Endpoint | None = Endpoint(),  # noqa: B008 - a frozen value
+        vad: Vad | None = None,
     ) -> None:
         if slots < 1:
             raise ValueError(f"Session.slots must be at least 1 stream, but is {slots}.")
+        if vad and vad.detector.sample_rate != recogniser.sample_rate:
+            raise ValueError(
+                f"Session.vad must hear what the model hears, {recogniser.sample_rate} Hz, but its detector is for "
+                f"{vad.detector.sample_rate} Hz; leave it out, or pass a detector for that rate."
+            )
         self.recogniser = recogniser.eval()
         self.context = (context or live_context(recogniser)).streamable()
         self.search = search(recogniser.objective) if search else recogniser.search
         self.endpoint = endpoint
+        self.vad = vad
         self.chunk = self.context.latency() * recogniser.frame_samples  # samples a step takes of each stream
         self._streams: list[_Stream | None] = [None] * slots
         self._state = clone_state(recogniser.init_state(slots, context=self.context))
         self._found = self.search.init_state(slots)
+        self._step, self._traced = Traced(recogniser.stream), list[int]()
+
+    @torch.inference_mode()
+    def trace(self, most: int = 8) -> None:
+        """Find out now what a step of up to ``most`` streams consists of, see `Traced`: a second or so for each size.
+
+        Before the first stream. Without it every step walks through the modules of the model, which takes some
+        milliseconds more. Steps of more streams do so in any case: there it hardly counts.
+        """
+        for size in (size for size in SIZES if size <= min(most, len(self._streams))):
+            samples, lengths = torch.zeros(size, self.chunk), torch.full((size,), self.chunk)
+            state = self.recogniser.init_state(size, context=self.context)
+            device = self.recogniser.device
+            self._step.know(samples.to(device), lengths.to(device), state, context=self.context)
+            self._traced.append(size)
 
     @property
     def free(self) -> int:
@@ -146,7 +207,7 @@ class Session:
         return state_bytes(self._state)
 
     def waiting(self, slot: int) -> Seconds:
-        """Audio of a stream that was pushed and not heard yet: with a server that keeps up, less than a chunk."""
+        """Audio of a stream that was pushed and is to be heard yet: with a server that keeps up, less than a chunk."""
         return self._open(slot).waiting / self.recogniser.sample_rate
 
     @torch.inference_mode()
@@ -167,7 +228,7 @@ class Session:
         )
         self._state = put_(self._state, [slot], self.recogniser.init_state(1, context=self.context))
         self._found = put(self._found, [slot], self.search.init_state(1))
-        self._streams[slot] = _Stream(resampler, resampler.init_state(1))
+        self._streams[slot] = _Stream(resampler, resampler.init_state(1), self.vad.open() if self.vad else None)
         return slot
 
     @torch.inference_mode()
@@ -195,8 +256,10 @@ class Session:
         stream = self._open(slot)
         if not stream.ending:
             last = stream.resampler.finish(stream.held)
-            stream.add(last.samples[0, : int(last.lengths)])
             stream.ending = True
+            stream.add(last.samples[0, : int(last.lengths)])
+            if stream.voices:
+                stream.voices.end()
 
     def leave(self, slot: int) -> None:
         """Drop a stream with what it has not said yet, and free its slot.
@@ -215,22 +278,49 @@ class Session:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """Advance by one chunk every stream that has one, or that is ending; one `Update` each, none if all wait."""
-        rows = [slot for slot, stream in enumerate(self._streams) if stream and self._ready(stream)]
+        self._listen()
+        rows = [slot for slot, stream in enumerate(self._streams) if stream and stream.ready(self.chunk)]
         if not rows:
             return []
         samples, lengths = self._cut(rows)
-        everyone = len(rows) == len(self._streams)  # then nothing has to be gathered or put back
-        state = self._state if everyone else take(self._state, rows)
-        encoded, state = self.recogniser.stream(samples, lengths, state, context=self.context)
-        self._state = state if everyone else put_(self._state, rows, state)
+        encoded = self._encode(rows, samples, lengths)
         beams, found = self.search.step(encoded, take(self._found, rows))
         self._found = put(self._found, rows, found)
         for slot, frames in zip(rows, encoded.lengths.tolist(), strict=True):
             self._open(slot).frames += frames
-        ended = {slot for slot, length in zip(rows, lengths.tolist(), strict=True) if length < self.chunk}
-        over = [slot for slot, beam in zip(rows, beams, strict=True) if slot in ended or self._endpoint(slot, beam)]
+        left = {slot for slot, length in zip(rows, lengths.tolist(), strict=True) if length < self.chunk}
+        over = [slot for slot, beam in zip(rows, beams, strict=True) if slot in left or self._endpoint(slot, beam)]
         readings = dict(zip(rows, beams, strict=True)) | dict(zip(over, self._conclude(over), strict=True))
-        return [self._update(slot, beam, slot in over, slot in ended) for slot, beam in readings.items()]
+        updates = [self._update(slot, beam, slot in over, slot in left) for slot, beam in readings.items()]
+        self._restart([slot for slot in left if self._streams[slot]])
+        return updates
+
+    def _listen(self) -> None:
+        """Tell what of the streams is to be heard."""
+        streams = [(stream, stream.voices) for stream in self._streams if stream and stream.voices]
+        listen([voices for _, voices in streams])
+        for stream, voices in streams:
+            for piece in voices.take():
+                stream.place(piece)
+
+    def _restart(self, rows: Sequence[int]) -> None:
+        """These streams have come to the end of a region."""
+        if rows:
+            self._state = put_(self._state, rows, self.recogniser.init_state(len(rows), context=self.context))
+
+    def _encode(self, rows: list[int], samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> EncoderOutput:
+        """The next frames of the streams ``rows``, whose state moves on."""
+        size = next((size for size in self._traced if size >= len(rows)), None)
+        if size is None:
+            encoded, state = self.recogniser.stream(samples, lengths, take(self._state, rows), context=self.context)
+        else:  # rows that are too many repeat the first, and say nothing
+            more = size - len(rows)
+            samples, lengths = nn.functional.pad(samples, (0, 0, 0, more)), nn.functional.pad(lengths, (0, more))
+            state = take(self._state, rows + rows[:1] * more)
+            encoded, state = self._step(samples, lengths, state, context=self.context)
+            encoded = EncoderOutput(encoded.frames[: len(rows)], encoded.lengths[: len(rows)])
+        self._state = put_(self._state, rows, state)
+        return encoded
 
     def _open(self, slot: int) -> _Stream:
         stream = self._streams[slot] if 0 <= slot < len(self._streams) else None
@@ -240,14 +330,11 @@ class Session:
             )
         return stream
 
-    def _ready(self, stream: _Stream) -> bool:
-        return stream.ending or stream.waiting >= self.chunk
-
     def _cut(self, rows: Sequence[int]) -> tuple[Float[Tensor, "B N"], Int[Tensor, "B"]]:
-        """The next chunk of each stream. One shorter than a chunk is the last, and may well be empty."""
+        """The next chunk of each stream. One shorter than a chunk is the last of a region, and may well be empty."""
         samples, lengths = torch.zeros(len(rows), self.chunk), torch.zeros(len(rows), dtype=torch.long)
         for row, slot in enumerate(rows):
-            piece = self._open(slot).cut(self.chunk)
+            piece = self._open(slot).regions[0].cut(self.chunk)
             samples[row, : len(piece)], lengths[row] = piece, len(piece)
         return samples.to(self.recogniser.device), lengths.to(self.recogniser.device)
 
@@ -264,12 +351,15 @@ class Session:
         self._found = put(self._found, rows, self.search.init_state(len(rows)))
         return beams
 
-    def _update(self, slot: int, beam: list[Hypothesis], final: bool, ended: bool) -> Update:
+    def _update(self, slot: int, beam: list[Hypothesis], final: bool, left: bool) -> Update:
         stream, recogniser = self._open(slot), self.recogniser
+        region = stream.regions[0]
         best = beam[0] if beam else Hypothesis()
-        best = replace(best, spans=tuple((start + stream.before, end + stream.before) for start, end in best.spans))
-        heard = recogniser.transcript(best, stream.heard / recogniser.sample_rate)
+        best = replace(best, spans=tuple((start + region.before, end + region.before) for start, end in best.spans))
+        heard = recogniser.transcript(best, region.heard / recogniser.sample_rate)
+        heard = heard.later(region.start / recogniser.sample_rate)
         stable = heard.text if final else recogniser.tokenizer.decode(best.tokens[: stable_prefix(beam)])
+        ended = left and stream.ending and len(stream.regions) == 1
         update = Update(
             slot=slot,
             segment=stream.segment,
@@ -281,7 +371,9 @@ class Session:
             seconds=heard.seconds,
         )
         if final:
-            stream.segment, stream.before, stream.frames = stream.segment + 1, stream.before + stream.frames, 0
+            stream.segment, region.before, stream.frames = stream.segment + 1, region.before + stream.frames, 0
+        if left:
+            stream.regions.popleft()
         if ended:
             self._streams[slot] = None
         return update
@@ -289,10 +381,8 @@ class Session:
 
 def transcript(updates: Iterable[Update]) -> Transcript:
     """The whole of one stream, from its updates; only the final ones matter."""
-    finals = [update for update in updates if update.final]
-    text = " ".join(update.text for update in finals if update.text)
-    words = tuple(word for update in finals for word in update.words)
-    return Transcript(text, words, finals[-1].seconds if finals else 0.0)
+    finals = [Transcript(update.text, update.words, update.seconds) for update in updates if update.final]
+    return Transcript.joined(finals, finals[-1].seconds if finals else 0.0)
 
 
 def transcribe(session: Session, clips: Sequence[np.ndarray | Tensor]) -> list[Transcript]:

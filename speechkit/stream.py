@@ -13,7 +13,7 @@ of what is inside.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -253,7 +253,7 @@ def keep_valid(x: Tensor, lengths: Int[Tensor, "B"]) -> Tensor:
 
 def take(state: State, rows: Sequence[int]) -> State:
     """The state of some streams, in that order; repeats are allowed."""
-    return _map(lambda x: x[list(rows)].clone() if isinstance(x, Tensor) else [x[r] for r in rows], state)
+    return _map(lambda x: x[list(rows)] if isinstance(x, Tensor) else [x[r] for r in rows], state)
 
 
 def put(state: State, rows: Sequence[int], fresh: State) -> State:
@@ -275,10 +275,12 @@ def put(state: State, rows: Sequence[int], fresh: State) -> State:
 def put_(state: State, rows: Sequence[int], fresh: State) -> State:
     """As `put`, but written into the tensors of ``state``, which is consumed: it costs what ``fresh`` is large.
 
-    For who owns a state alone, with no tensor in it that is a view of another.
+    For who owns a state alone, with no tensor in it that is a view of another. Streams of ``fresh`` beyond
+    ``len(rows)`` are left out.
     """
 
     def write(old: Any, new: Any) -> Any:
+        new = new[: len(rows)]
         if isinstance(old, Tensor):
             old[list(rows)] = new.to(old.dtype)
         else:
@@ -307,6 +309,19 @@ def state_bytes(state: State) -> int:
     return total
 
 
+def leaves(state: State) -> list[Any]:
+    """What a state consists of beside its structure, in order."""
+    found: list[Any] = []
+    _map(found.append, state)
+    return found
+
+
+def with_leaves(state: State, new: Iterable[Any]) -> State:
+    """The structure of ``state`` with other leaves."""
+    following = iter(new)
+    return _map(lambda _: next(following), state)
+
+
 def _map(function: Any, state: State, *others: State) -> State:
     if state is None:
         return None
@@ -321,3 +336,12 @@ def _map(function: Any, state: State, *others: State) -> State:
 def split(state: State, parts: int) -> tuple[State, ...]:
     """The parts of a composite state; a fresh start gives every part a fresh start."""
     return (None,) * parts if state is None else state
+
+
+def stack(states: Sequence[State]) -> State:
+    """The states of some streams as that of a batch, in that order."""
+
+    def joined(*rows: Any) -> Any:
+        return torch.cat(rows) if isinstance(rows[0], Tensor) else [item for row in rows for item in row]
+
+    return _map(joined, *states)

@@ -17,7 +17,8 @@ occurs inside a label sequence, also the boundary (start and end of sentence) of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -84,3 +85,17 @@ class Transcript:
     text: str
     words: tuple[Word, ...]
     seconds: Seconds
+
+    def later(self, by: Seconds) -> Transcript:
+        """The same, heard after ``by`` seconds of something else."""
+        words = (
+            tuple(replace(word, start=word.start + by, end=word.end + by) for word in self.words) if by else self.words
+        )
+        return Transcript(self.text, words, self.seconds + by)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Transcript], seconds: Seconds) -> Transcript:
+        """What was heard one after the other, of ``seconds`` altogether."""
+        parts = list(parts)
+        text = " ".join(part.text for part in parts if part.text)
+        return cls(text, tuple(word for part in parts for word in part.words), seconds)

@@ -17,7 +17,7 @@ from tiny import node, sound, tiny
 
 import speechkit
 from speechkit.app.cli import main
-from speechkit.app.stream import _Screen
+from speechkit.app.stream import _Clock, _Screen
 from speechkit.config import catalogue
 from speechkit.pretrained import save
 from speechkit.session import Update
@@ -93,6 +93,9 @@ def test_a_wrong_command_exits_with_2_and_its_usage(capsys: pytest.CaptureFixtur
         (["stream", "m", "f", "--chunk-ms", "fast"], "must be a number of milliseconds above 0, but is fast"),
         (["stream", "m", "f", "--chunk-ms", "-40"], "must be a number of milliseconds above 0, but is -40"),
         (["transcribe", "m", "f", "--batch", "0"], "must be a whole number of at least 1, but is 0"),
+        (["transcribe", "m", "f", "--out", "o", "--format", "doc"], "invalid choice: 'doc'"),
+        (["stream", "m"], "one of the arguments FILE --mic --list-devices is required"),
+        (["stream", "m", "f", "--mic"], "not allowed with argument"),
     ]:
         status, out, err = output(capsys, *argv)
         assert (status, out) == (2, "") and err.startswith("usage: speechkit") and sentence in err
@@ -187,11 +190,13 @@ def test_a_terminal_shows_the_stable_text_bright_and_the_rest_dim() -> None:
 
     console = Console(force_terminal=True, record=True, file=open(os.devnull, "w"), color_system="standard")  # noqa: SIM115
     words = ("one two", "one", ())
+    clock = _Clock(heard=0.4, level_db=-30.0, latencies=[0.041])
     with _Screen(console) as show:
-        show(Update(0, 0, *words, final=False, ended=False, seconds=0.32))
+        show(Update(0, 0, *words, final=False, ended=False, seconds=0.32), clock)
         console.print(show.live.renderable)
-        show(Update(0, 0, "one too", "one too", (), final=True, ended=True, seconds=0.64))
+        show(Update(0, 0, "one too", "one too", (), final=True, ended=True, seconds=0.64), clock)
     drawn = console.export_text(styles=True)
+    assert "0.40 s  █████       -30 dB  41 ms" in drawn
     assert "\x1b[1mone\x1b[0m\x1b[2m two\x1b[0m" in drawn
     assert "0.64 s" in drawn and "one too" in drawn
 

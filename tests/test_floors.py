@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
-    ("features", "testing", "kernels"),
-    ("data",),
+    ("features", "testing", "kernels", "traced", "vad"),
+    ("data", "cut"),
     ("layers",),
     ("attention",),
     ("encoders",),
@@ -44,6 +44,7 @@ DOORS = {
     "jiwer": {"metrics"},
     "torchmetrics": {"metrics"},
     "rich": {"app"},
+    "sounddevice": {"app"},
     "starlette": {"app"},
     "uvicorn": {"app"},
     "matplotlib": {"pictures"},

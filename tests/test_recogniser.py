@@ -13,6 +13,7 @@ from tiny import node, sound, tiny
 
 from speechkit import audio, features, recogniser
 from speechkit.config import build_model
+from speechkit.cut import clips as cut
 from speechkit.recogniser import Recogniser, batches, evaluating
 from speechkit.search import PrefixBeam
 from speechkit.session import Session, transcribe
@@ -126,17 +127,23 @@ def test_a_text_that_cannot_be_aligned_is_refused(model: Recogniser) -> None:
         build_model(node(objective=node()["objective"]["attention"], search=search)).align(sound(1.0), "abc")
 
 
-def test_a_long_recording_is_heard_in_chunks_that_lose_nothing(
-    model: Recogniser, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("context", [Context(), Context(left=16, chunk=8)])
+def test_a_long_recording_is_heard_in_clips_and_its_words_have_their_times(
+    model: Recogniser, monkeypatch: pytest.MonkeyPatch, context: Context
 ) -> None:
-    clips = [sound(4.0), sound(0.5, 1), sound(3.003, 2)]
-    chunked = [model.transcribe(clip, context=Context(left=32, chunk=32)) for clip in clips]
-    whole = model.transcribe(clips)
-    monkeypatch.setattr(recogniser, "BATCH_SECONDS", 1.0)
-    assert texts(model.transcribe(clips)) == texts(whole)  # 30 s chunks see all of these
-    monkeypatch.setattr(recogniser, "LONG_FRAMES", 32)
-    assert texts(model.transcribe(clips)) == [chunked[0].text, whole[1].text, chunked[2].text]
-    assert model.transcribe(clips[0], context=Context(left=32, chunk=32)).text == chunked[0].text
+    monkeypatch.setattr(recogniser, "BATCH_SECONDS", 25.0)
+    recordings = [sound(61.3), sound(0.5, 1), sound(24.9, 2), sound(40.0, 3)]
+    heard = model.transcribe(recordings, context=context)
+    for recording, found in zip(recordings, heard, strict=True):
+        assert found.seconds == len(recording) / 16000
+        if len(recording) <= 25 * 16000:
+            assert found.text == model.transcribe(recording, context=context).text
+        else:
+            parts = [(part.start / 16000, part.samples) for part in cut([recording], 16000)]
+            alone = [(start, model.transcribe(samples, context=context)) for start, samples in parts]
+            assert len(parts) >= 3 and found.text == " ".join(part.text for _, part in alone)
+            wanted = [(w.word, start + w.start, start + w.end) for start, part in alone for w in part.words]
+            assert [(w.word, w.start, w.end) for w in found.words] == wanted
 
 
 def test_batches_hold_similar_lengths_and_no_more_than_they_may() -> None:

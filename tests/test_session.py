@@ -285,3 +285,37 @@ def test_an_encoder_that_cannot_stream_says_so(model: Recogniser) -> None:
         Session(offline)
     with pytest.raises(ValueError, match=r"Context.left must be finite to stream"):
         Session(model, context=Context(chunk=4))
+
+
+@pytest.mark.parametrize("encoder", ["Conformer", "Squeezeformer"])
+def test_a_traced_session_says_the_same_while_streams_come_pause_and_go(encoder: str) -> None:
+    model = tiny(encoder=node()["encoder"] | {"_target_": f"speechkit.encoders.{encoder}"})
+    clips = [sound(1.0 + 0.37 * seed, seed=seed) for seed in range(12)]
+
+    def said(session: Session) -> dict[int, list[Update]]:
+        dice, waiting = random.Random(3), list(range(12))
+        number_in, left, updates = dict[int, int](), dict[int, torch.Tensor](), dict[int, list[Update]]()
+        while waiting or number_in:
+            if waiting and session.free and dice.random() < 0.5:
+                slot = session.join()
+                number_in[slot] = waiting.pop(0)
+                left[slot] = clips[number_in[slot]]
+            for slot in list(left):
+                now, left[slot] = left[slot].tensor_split([dice.choice([0, 0, 3000, CHUNK])])
+                session.push(slot, now)
+                if not len(left[slot]):
+                    session.finish(slot)
+                    del left[slot]
+            for update in session.step():
+                updates.setdefault(number_in[update.slot], []).append(update)
+                if update.ended:
+                    del number_in[update.slot]
+        return updates
+
+    plain, traced = Session(model, slots=6, endpoint=None), Session(model, slots=6, endpoint=None)
+    traced.trace(most=4)  # steps of 5 and 6 streams go the ordinary way
+    expected, found = said(plain), said(traced)
+    assert expected.keys() == found.keys() == set(range(12))
+    for number, updates in expected.items():
+        assert updates[-1].text
+        assert_same(updates, found[number])

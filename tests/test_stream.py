@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from speechkit.stream import Context, ContextSampler, Span, carry, keep_valid, put, put_, state_bytes, take
+from speechkit.stream import Context, ContextSampler, Span, carry, keep_valid, put, put_, stack, state_bytes, take
 
 
 def by_hand(context: Context, query: int, key: int) -> bool:
@@ -125,3 +125,16 @@ def test_sampled_contexts_depend_on_the_seed_alone_and_cover_the_choices() -> No
     assert 140 < sum(c == Context() for c in drawn) < 260
     assert {(c.chunk, c.left) for c in drawn if c.chunk} == {(4, 16), (4, None), (8, 16), (8, None)}
     assert {ContextSampler(whole=1.0).draw(s) for s in range(50)} == {Context()}
+
+
+def test_states_stacked_are_those_of_a_batch_and_can_be_taken_apart() -> None:
+    states = [({"a": torch.full((1, 2), float(i))}, [f"stream {i}"], None) for i in range(3)]
+    batch = stack(states)
+    assert batch[0]["a"].tolist() == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]] and batch[1] == [
+        "stream 0",
+        "stream 1",
+        "stream 2",
+    ]
+    for row, state in enumerate(states):
+        again = take(batch, [row])
+        assert torch.equal(again[0]["a"], state[0]["a"]) and again[1:] == state[1:]

@@ -26,6 +26,7 @@ import speechkit
 from speechkit import kernels
 from speechkit.pretrained.nemotron import context
 from speechkit.stream import Context
+from speechkit.traced import Traced
 
 SIZES = {
     "20M": {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -85,11 +86,12 @@ def of_theirs(model: nn.Module, lookahead: int) -> Step:
 
 def of_ours(encoder: Any, batch: int, now: Context, fused: bool) -> Step:
     state, lengths = encoder.init_state(batch, context=now), torch.full((batch,), now.latency() * STRIDE)
+    stream = Traced(encoder.stream) if fused else encoder.stream
 
     def step(x: Tensor) -> Tensor:
         nonlocal state
         with contextlib.nullcontext() if fused else mock.patch.object(kernels, "serves", lambda *_: False):
-            out, state = encoder.stream(x, lengths, state, context=now)
+            out, state = stream(x, lengths, state, context=now)
         return out.frames
 
     return step

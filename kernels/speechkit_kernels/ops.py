@@ -2,7 +2,8 @@
 
     speechkit::stream_attn   attention of new frames over a ring cache, which it appends to
     speechkit::conv_step     gate, causal depthwise convolution over remembered frames, norm, SiLU
-    speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, and perhaps SiLU
+    speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, with what often
+                             stands around it: layer norm before, SiLU behind, and the sum of a residual connection
 
 Compiled kernels register for their device over the PyTorch one. Schema and meaning stay the same.
 """
@@ -21,7 +22,8 @@ SCHEMAS = {
     "int chunk=0, int left, float scale) -> Tensor",
     "conv_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) cache, Tensor slots, Tensor qlen, *, "
     "bool gated, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> Tensor",
-    "linear_step": "(Tensor x, Tensor weight, Tensor? bias, *, Tensor? scale=None, bool silu=False) -> Tensor",
+    "linear_step": "(Tensor x, Tensor weight, Tensor? bias, *, Tensor? scale=None, bool silu=False, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, Tensor? add=None, float factor=1.) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("speechkit", "DEF")

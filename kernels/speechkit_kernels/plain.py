@@ -155,9 +155,19 @@ def conv_step(
 
 
 def linear_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: Tensor | None = None, silu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    silu: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    add: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """``act(x W^T + bias)``, computed in float32 whatever the weight is kept in.
+    """``add + factor * act(norm(x) W^T + bias)``, computed in float32 whatever the weight is kept in.
 
     Only the weight loses accuracy when it is kept in fewer bits: x is never rounded. In compiled kernels a row's result
     is the same, bit for bit, whatever other rows it comes with: a stream does not depend on who else is connected.
@@ -167,14 +177,20 @@ def linear_step(
         weight: ``[N, K]``, the numbers of a row side by side: float32, bfloat16, or int8, which `scale` multiplies.
         bias, scale: ``[N]`` float32; a scale comes with int8 and with nothing else.
         silu: act is SiLU; nothing unless given.
+        norm_weight, norm_bias, eps: layer norm of x over its K numbers, ``[K]`` float32; no norm unless given.
+        add: ``[..., N]`` float32, strided in any way, for example what a residual connection goes around.
+        factor: of what is added to it.
 
     Returns:
         ``[..., N]``, float32.
     """
-    check_linear(x, weight, bias, scale)
+    check_linear(x, weight, bias, scale, norm_weight, norm_bias, add)
+    if norm_weight is not None:
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     wide = weight.to(x.dtype)
     y = F.linear(x, wide if scale is None else wide * scale[:, None], bias)
-    return F.silu(y) if silu else y
+    y = (F.silu(y) if silu else y) * factor
+    return y if add is None else add + y
 
 
 def check_attention(
@@ -264,7 +280,15 @@ def check_convolution(
     _expect_rows("conv_step", x, {"slots": slots, "qlen": qlen})
 
 
-def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    add: Tensor | None,
+) -> None:
     """As `check_attention`."""
     if weight.dim() != 2:
         raise ValueError(f"linear_step: weight must be [any, any], but has the shape {list(weight.shape)}.")
@@ -287,8 +311,12 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor |
             f"linear_step: weight must have the numbers of a row side by side, but their stride is {weight.stride(1)}; "
             f"make it contiguous, once."
         )
-    per_row: dict[str, Expected] = {"bias": (bias, (N,), x.dtype), "scale": (scale, (N,), x.dtype)}
-    _expect("linear_step", x, {"weight": (weight, None, None), **per_row})
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("linear_step: norm_weight and norm_bias must be given together, but one is None.")
+    expected: dict[str, Expected] = {"bias": (bias, (N,), x.dtype), "scale": (scale, (N,), x.dtype)}
+    expected |= {"norm_weight": (norm_weight, (K,), x.dtype), "norm_bias": (norm_bias, (K,), x.dtype)}
+    expected |= {"add": (add, (*x.shape[:-1], N), x.dtype)}
+    _expect("linear_step", x, {"weight": (weight, None, None), **expected})
 
 
 def _expect(operator: str, like: Tensor, expected: dict[str, Expected]) -> None:

@@ -18,7 +18,8 @@ examples:
   speechkit train recipes/digits/conf/demo.yaml trainer.max_steps=2000
   speechkit evaluate runs/demo --search greedy rescored --chunk-ms 320 640
   speechkit transcribe runs/demo a.wav b.flac --json
-  speechkit stream runs/demo a.wav
+  speechkit transcribe runs/demo talk.mp3 --vad --out talks --format text srt
+  speechkit stream runs/demo --mic
   speechkit serve runs/demo
 
 A model is a run (runs/demo) or a model folder (runs/demo/model)."""
@@ -117,19 +118,41 @@ def _transcribe(verbs: argparse._SubParsersAction, common: argparse.ArgumentPars
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
     verb.add_argument("--timestamps", action="store_true", help="a line a word: start, end, confidence, word")
     verb.add_argument("--search", metavar="NAME", help="a file of conf/search/; the model's own unless given")
-    verb.add_argument("--batch", type=_count, default=16, metavar="N", help="files at a time (default 16)")
+    verb.add_argument(
+        "--batch", type=_count, default=16, metavar="N", help="files at a time, or clips of a long one (default 16)"
+    )
+    verb.add_argument("--vad", action="store_true", help="hear speech only, and cut long recordings between it")
+    verb.add_argument(
+        "--out", metavar="FOLDER", help="write files instead; a run that was stopped continues, what is done is skipped"
+    )
+    verb.add_argument(
+        "--format",
+        dest="formats",
+        nargs="+",
+        choices=("text", "json", "srt", "vtt"),
+        default=(),
+        metavar="F",
+        help="what is written to FOLDER: text, json, srt, vtt (default text)",
+    )
     verb.set_defaults(run=_lazy("transcribe", "transcribe"))
 
 
 def _stream(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = _verb(verbs, common, "stream", "one audio file as a live stream: the text as it comes, then all of it")
+    verb = _verb(
+        verbs, common, "stream", "a microphone or a file as a live stream: the text as it comes, then all of it"
+    )
     verb.add_argument("model", metavar="MODEL")
-    verb.add_argument("file", metavar="FILE")
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", nargs="?", metavar="FILE")
+    source.add_argument("--mic", action="store_true", help="a microphone; Ctrl-C ends it, and what is left is heard")
+    source.add_argument("--list-devices", action="store_true", help="show the microphones there are, and exit")
+    verb.add_argument("--device", metavar="NAME|N", help="which microphone; the system's own choice unless given")
     verb.add_argument(
         "--chunk-ms", type=_milliseconds, metavar="N", help="length of a chunk; the model's own unless given"
     )
     verb.add_argument("--search", metavar="NAME", help="a file of conf/search/; the model's own unless given")
-    verb.add_argument("--realtime", action="store_true", help="no faster than it was spoken")
+    verb.add_argument("--vad", action="store_true", help="hear speech only: silence costs no step of the model")
+    verb.add_argument("--realtime", action="store_true", help="a file no faster than it was spoken")
     verb.set_defaults(run=_lazy("stream", "stream"))
 
 
@@ -164,6 +187,7 @@ def _serve(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
     verb.add_argument(
         "--allow-origin", nargs="+", default=(), metavar="URL", help="pages that may connect beside this server's own"
     )
+    verb.add_argument("--vad", action="store_true", help="hear speech only: silence costs no step of the model")
     verb.set_defaults(run=_lazy("serve", "serve"))
 
 

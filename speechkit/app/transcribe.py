@@ -1,27 +1,42 @@
-"""``speechkit transcribe``: audio files in, text out. A file that cannot be read is reported and the rest goes on."""
+"""``speechkit transcribe``: audio files in, text out. A file that cannot be read is reported and the rest goes on.
+
+Recordings of up to two minutes are heard whole, many in a batch. A longer one, or any behind voice activity, is
+decoded, cut (`speechkit.cut`) and heard a group of clips at a time, in constant memory. With ``--out`` each group is
+kept in ``<name>.part.jsonl``: a run that was stopped goes on after the last one, and because groups are the same in
+every run, so is what comes out.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from speechkit import features
+from speechkit import __version__, audio, features
+from speechkit.app.outputs import Folder, Printed
+from speechkit.app.progress import Progress
 from speechkit.config import build, catalogue
 from speechkit.config import load as load_yaml
+from speechkit.cut import Clip, clips
 from speechkit.pretrained import load_recogniser
-from speechkit.recogniser import Recogniser
+from speechkit.recogniser import BATCH_SECONDS, Recogniser
 from speechkit.schema import meant
 from speechkit.search import Search
 from speechkit.session import Session, live_context
 from speechkit.session import transcribe as hear
+from speechkit.stream import Context
 from speechkit.types import Seconds, Transcript
+from speechkit.vad import Vad
+
+BLOCK: Seconds = 10.0  # decoded at a time
 
 
 def transcribe(
@@ -34,23 +49,111 @@ def transcribe(
     timestamps: bool = False,
     search: str | None = None,
     batch: int = 16,
+    vad: bool = False,
+    out: str | None = None,
+    formats: Sequence[str] = (),
 ) -> int:
-    """Print the text of each file that can be read; the exit status is 1 if one could not."""
+    """Print the text of each file that can be read, or write it; the exit status is 1 if one could not."""
+    output = _output(files, as_json, timestamps, out, formats)
     recogniser = ready(model, search)
     context = live_context(recogniser, seconds(chunk_ms)) if stream or chunk_ms else None
-    readable = _Reading(files, recogniser.sample_rate)
+    ears = _Ears(recogniser, context, batch, Vad() if vad else None)
+    readable = _Reading(_todo(files, output), ears)
     for group in groups(readable, batch):
-        clips = [clip for _, clip in group]
+        short = [clip for _, clip in group if clip is not None]
         start = time.perf_counter()
-        if context is None:
-            transcripts = recogniser.transcribe(clips, batch=batch)
-        else:
-            transcripts = hear(Session(recogniser, slots=len(clips), context=context), clips)
-        rtf = (time.perf_counter() - start) / sum(t.seconds for t in transcripts)
-        for (file, _), transcript in zip(group, transcripts, strict=True):
-            print(_json(file, transcript, rtf) if as_json else _plain(file, transcript, timestamps, len(files) > 1))
-        sys.stdout.flush()
+        transcripts = iter(ears.whole(short))
+        rtf = (time.perf_counter() - start) / max(sum(map(len, short)) / recogniser.sample_rate, 1e-9)
+        for file, clip in group:
+            if clip is not None:
+                output(file, next(transcripts), rtf)
+            else:
+                with readable.reporting():
+                    _long(file, ears, output, {"search": search, "vad": vad, "batch": batch})
     return 1 if readable.faults else 0
+
+
+def _output(
+    files: Sequence[str], as_json: bool, timestamps: bool, out: str | None, formats: Sequence[str]
+) -> Printed | Folder:
+    if out is None:
+        if formats:
+            raise ValueError("--format says what is written to a folder, but there is none; add --out FOLDER.")
+        return Printed(files, as_json, timestamps)
+    if as_json or timestamps:
+        raise ValueError("--json and --timestamps say what is printed, but --out writes files; add --format json.")
+    return Folder(out, files, formats or ("text",))
+
+
+def _todo(files: Sequence[str], output: Printed | Folder) -> Iterator[str]:
+    for file in files:
+        if isinstance(output, Folder) and output.done(file):
+            paths = ", ".join(map(str, output.paths(file).values()))
+            print(f"speechkit: {file} is done, {paths} is there; remove it to hear it again.", file=sys.stderr)
+        else:
+            yield file
+
+
+class _Ears:
+    """How recordings are heard: the model, what it may see, how much at once, and what it leaves out."""
+
+    def __init__(self, recogniser: Recogniser, context: Context | None, batch: int, vad: Vad | None) -> None:
+        self.recogniser, self.context, self.batch, self.vad = recogniser, context, batch, vad
+
+    def read(self, file: str) -> np.ndarray | None:
+        """The samples of a recording, ``None`` for one that is to be cut."""
+        cut = self.vad is not None or audio.info(file).seconds > BATCH_SECONDS
+        return None if cut and self.context is None else features.read(Path(file), self.recogniser.sample_rate)
+
+    def whole(self, recordings: Sequence[np.ndarray | torch.Tensor]) -> list[Transcript]:
+        if self.context is None:
+            return self.recogniser.transcribe(list(recordings), batch=self.batch)
+        slots = max(1, len(recordings))
+        return hear(Session(self.recogniser, slots=slots, context=self.context, vad=self.vad), recordings)
+
+    def cut(self, file: str) -> Iterator[list[Clip]]:
+        """The groups of clips of a recording."""
+        rate = self.recogniser.sample_rate
+        blocks = map(torch.from_numpy, features.blocks(file, rate, BLOCK))
+        return groups(clips(blocks, rate, vad=self.vad), self.batch)
+
+    def group(self, cuts: Sequence[Clip]) -> list[Transcript]:
+        """Clips of one recording, with times in it."""
+        heard = self.whole([clip.samples for clip in cuts])
+        starts = [clip.start / self.recogniser.sample_rate for clip in cuts]
+        return [transcript.later(start) for transcript, start in zip(heard, starts, strict=True)]
+
+
+def _long(file: str, ears: _Ears, output: Printed | Folder, options: dict[str, Any]) -> None:
+    length = audio.info(file).seconds
+    part = output.part(file, _made(file, ears.recogniser) | options) if isinstance(output, Folder) else None
+    known, heard, start = list(part.groups) if part else [], list[Transcript](), time.perf_counter()
+    with Progress(file, length) as progress:
+        for number, cuts in enumerate(ears.cut(file)):
+            if number < len(known):
+                heard += known[number]
+            else:
+                heard += (new := ears.group(cuts))
+                if part:
+                    part.add(new)
+            progress((cuts[-1].start + len(cuts[-1].samples)) / ears.recogniser.sample_rate)
+    output(file, Transcript.joined(heard, length), (time.perf_counter() - start) / length)
+
+
+def _made(file: str, recogniser: Recogniser) -> dict[str, Any]:
+    """What a transcript depends on, as far as it can be told apart: the recording, the weights, the search."""
+    weights = 0
+    for tensor in recogniser.state_dict().values():
+        weights = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), weights)
+    search = {key: value for key, value in vars(recogniser.search).items() if isinstance(value, int | float | str)}
+    about = Path(file).stat()
+    return {
+        "version": __version__,
+        "bytes": about.st_size,
+        "changed": about.st_mtime_ns,
+        "weights": weights,
+        "by": [type(recogniser.search).__name__, search],
+    }
 
 
 def ready(model: str, search: str | None = None) -> Recogniser:
@@ -85,32 +188,20 @@ def groups(items: Iterable, size: int) -> Iterator[list]:
 
 
 class _Reading:
-    """The files that can be read, with their samples; the others are counted and said on stderr."""
+    """The files that can be read, with their samples where they are short; faults are counted and said on stderr."""
 
-    def __init__(self, files: Sequence[str], sample_rate: int) -> None:
-        self.files, self.sample_rate, self.faults = files, sample_rate, 0
+    def __init__(self, files: Iterable[str], ears: _Ears) -> None:
+        self.files, self.ears, self.faults = files, ears, 0
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray | None]]:
         for file in self.files:
-            try:
-                yield file, features.read(Path(file), self.sample_rate)
-            except (ValueError, OSError) as fault:
-                self.faults += 1
-                print(f"speechkit: {fault}", file=sys.stderr)
+            with self.reporting():
+                yield file, self.ears.read(file)
 
-
-def _json(file: str, transcript: Transcript, rtf: float) -> str:
-    words = [
-        {"word": w.word, "start": round(w.start, 3), "end": round(w.end, 3), "confidence": round(w.confidence, 4)}
-        for w in transcript.words
-    ]
-    seconds = round(transcript.seconds, 3)
-    line = {"file": file, "text": transcript.text, "words": words, "seconds": seconds, "rtf": round(rtf, 4)}
-    return json.dumps(line, ensure_ascii=False)
-
-
-def _plain(file: str, transcript: Transcript, timestamps: bool, named: bool) -> str:
-    lines = [f"{file}: {transcript.text}" if named else transcript.text]
-    if timestamps:
-        lines += [f"{w.start:9.2f} {w.end:9.2f}  {w.confidence:4.2f}  {w.word}" for w in transcript.words]
-    return "\n".join(lines)
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as fault:
+            self.faults += 1
+            print(f"speechkit: {fault}", file=sys.stderr)

@@ -72,6 +72,55 @@ def test_plain_pytorch_equals_float64(kind: torch.dtype) -> None:
     torch.testing.assert_close(y.double(), exact(x, weight, bias, scale, True), rtol=2e-6, atol=2e-5)
 
 
+def surrounded(M: int, N: int, K: int) -> dict[str, Tensor | float]:
+    """A layer norm before the map and something that half of its result is added to."""
+    norm = {"norm_weight": 1 + 0.3 * random_rows(K), "norm_bias": random_rows(K).flip(0), "eps": 1e-3}
+    return {**norm, "add": random_rows(M, N).flip(0), "factor": 0.5}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("N, K", [(64, 256), (1, 1), (50, 10), (33, 131), (16, 2050)])
+@pytest.mark.parametrize("by", ["compiled", "plain"])
+def test_norm_before_and_sum_behind_equal_float64(compiled: Step, kind: torch.dtype, N: int, K: int, by: str) -> None:
+    step = compiled if by == "compiled" else plain.linear_step
+    weight, scale, bias = random_map(N, K, kind)
+    for M in (1, 5, 6, 7, 19):
+        x, options = 3 + random_rows(M, K), surrounded(M, N, K)
+        apart = x.double() - x.double().mean(1, keepdim=True)
+        normed = apart / (apart.square().mean(1, keepdim=True) + 1e-3).sqrt()
+        normed = normed * options["norm_weight"] + options["norm_bias"]
+        for silu in (False, True):
+            expected = options["add"] + 0.5 * exact(normed, weight, bias, scale, silu)
+            y = step(x, weight, bias, scale=scale, silu=silu, **options)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * K**0.5)
+
+
+def test_a_row_with_norm_and_sum_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step) -> None:
+    weight, _, bias = random_map(101, 275, torch.float32)
+    x, options = random_rows(29, 275), surrounded(29, 101, 275)
+    alone = torch.stack(
+        [compiled(row, weight, bias, **{**options, "add": add}) for row, add in zip(x, options["add"], strict=True)]
+    )
+    for M in (1, 5, 6, 13, 29):
+        assert torch.equal(compiled(x[:M], weight, bias, **{**options, "add": options["add"][:M]}), alone[:M])
+    poisoned = torch.where(torch.arange(29)[:, None] == 3, torch.nan, x)
+    others = torch.arange(29) != 3
+    assert torch.equal(compiled(poisoned, weight, bias, **options)[others], alone[others])
+
+
+def test_what_is_added_and_the_norm_may_stand_anywhere(compiled: Step) -> None:
+    weight, _, bias = random_map(40, 30, torch.float32)
+    x = random_rows(5, 3, 30)
+    spread = {name: random_rows(60)[::2] for name in ("norm_weight", "norm_bias")}
+    for add in (
+        random_rows(5, 3, 80)[..., ::2],
+        random_rows(3, 5, 40).transpose(0, 1),
+        random_rows(40).expand(5, 3, 40),
+    ):
+        expected = compiled(x, weight, bias, **{n: s.contiguous() for n, s in spread.items()}, add=add.contiguous())
+        assert torch.equal(compiled(x, weight, bias, **spread, add=add), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("N, K", [(100, 300), (130, 1024), (40, 10)])
 def test_a_row_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step, kind: torch.dtype, N: int, K: int) -> None:
@@ -159,7 +208,9 @@ def test_the_operator_keeps_the_rules_of_torch_library(kind: torch.dtype) -> Non
     speechkit_kernels.ready()
     weight, scale, bias = random_map(20, 48, kind)
     options = {"scale": scale, "silu": True}
-    torch.library.opcheck(torch.ops.speechkit.linear_step.default, (random_rows(2, 3, 48), weight, bias), options)
+    around = {"norm_weight": torch.ones(48), "norm_bias": torch.zeros(48), "add": random_rows(2, 3, 20), "factor": 2.0}
+    args = (random_rows(2, 3, 48), weight, bias)
+    torch.library.opcheck(torch.ops.speechkit.linear_step.default, args, options | around)
     torch.library.opcheck(torch.ops.speechkit.linear_step.default, (random_rows(48), weight, None), options)
 
 
@@ -186,6 +237,11 @@ BAD = {
     "scale must be given with a weight of torch.int8 .* is None": {"weight": torch.zeros(5, 8, dtype=torch.int8)},
     "scale must be given with a weight of torch.int8 .* is given": {"scale": torch.ones(5)},
     r"scale must be \[5\]": {"weight": torch.zeros(5, 8, dtype=torch.int8), "scale": torch.ones(1)},
+    "norm_weight and norm_bias must be given together": {"norm_weight": torch.ones(8)},
+    r"norm_weight must be \[8\]": {"norm_weight": torch.ones(5), "norm_bias": torch.ones(8)},
+    r"norm_bias must be \[8\]": {"norm_weight": torch.ones(8), "norm_bias": torch.ones(1)},
+    r"add must be \[2, 5\], but has the shape \[5\]": {"add": torch.ones(5)},
+    "add must be torch.float32, but is torch.float64": {"add": torch.ones(2, 5, dtype=torch.float64)},
 }
 
 
@@ -195,9 +251,9 @@ def test_a_bad_argument_is_named_in_one_sentence(message: str, by: str) -> None:
     if by == "compiled" and speechkit_kernels.instruction_set() is None:
         pytest.skip("no compiled kernels here")
     step = torch.ops.speechkit.linear_step if by == "compiled" else plain.linear_step
-    given = {"x": torch.zeros(2, 8), "weight": torch.zeros(5, 8), "bias": torch.zeros(5), "scale": None} | BAD[message]
+    given = {"x": torch.zeros(2, 8), "weight": torch.zeros(5, 8), "bias": torch.zeros(5)} | BAD[message]
     with pytest.raises(ValueError, match=f"^linear_step: {message}.*") as error:
-        step(given["x"], given["weight"], given["bias"], scale=given["scale"])
+        step(**given)
     assert str(error.value).count("\n") == 0
 
 

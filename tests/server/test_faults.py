@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -27,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from speechkit.app.serve import stream as stream_module
 from speechkit.app.serve.stream import Stream
 from speechkit.app.serve.streams import Limits
-from speechkit.session import Session
+from speechkit.session import Session, Update
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,32 @@ def test_five_hundred_clients_that_vanish_disturb_nobody_and_leave_nothing(serve
     gc.collect()
     assert not any(type(found) is Stream for found in gc.get_objects())
     assert server.service.streams.engine.depth == 0 and not server.service.streams.engine._voices
+
+
+def test_a_client_that_stops_and_vanishes_is_forgotten_though_its_stream_lasts_longer(
+    server: Running, overfit: Overfit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hear = Session.step
+
+    def slowly(session: Session) -> list[Update]:
+        time.sleep(0.05)
+        return hear(session)
+
+    monkeypatch.setattr(Session, "step", slowly)
+
+    async def talk() -> None:
+        client = await connect(server.url)
+        await opened(client, start())
+        await client.send(pcm(overfit.clip(0)) * 2)
+        await client.send(STOP)
+        wait = server.service.streams
+        async with asyncio.timeout(5):
+            while not wait.open[0].reason:
+                await asyncio.sleep(0.01)
+        client.transport.abort()
+
+    asyncio.run(talk())
+    server.settle()
 
 
 def test_a_client_that_never_reads_is_cut(server: Running, overfit: Overfit, monkeypatch: pytest.MonkeyPatch) -> None:

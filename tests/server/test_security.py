@@ -190,7 +190,7 @@ def test_a_full_server_says_so(model: Recogniser) -> None:
     assert busy == {
         "type": "error",
         "code": "busy",
-        "message": "All 1 streams of this server are taken; try again in a minute.",
+        "message": "All 1 streams of this server are taken; try again later.",
         "retry": True,
     }
     assert code == 1013

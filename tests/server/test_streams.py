@@ -18,6 +18,7 @@ from speechkit.app.serve.stream import Outbox
 from speechkit.app.serve.streams import RATES, Limits
 from speechkit.search import Rescored
 from speechkit.session import Session, Update
+from speechkit.vad import Vad
 
 SILENCE = 1.2  # seconds: an endpoint, and a new segment after it
 
@@ -256,3 +257,23 @@ def test_a_client_faster_than_speech_is_slowed_not_buffered(server: Running, ove
     messages = asyncio.run(talk())
     assert text(messages) == " ".join(overfit.texts.values()) + (" " + " ".join(overfit.texts.values())) * 5
     assert 0 < most <= 500_000 + 2 * 32_000 + 2 * 10_240
+
+
+def test_behind_voice_activity_a_server_hears_speech_alone_and_ends_silent_streams(overfit: Overfit) -> None:
+    pytest.importorskip("silero_vad", reason="silero-vad is not installed")
+    hush = np.zeros(3 * 16000, np.float32)
+    data = pcm(np.concatenate([hush, speech(overfit, 16000, 0, 1), hush]))
+    session = Session(overfit.recogniser, slots=2, vad=Vad())
+    session.trace()
+    finals = offline(Session(overfit.recogniser, vad=Vad()), floats(data, "pcm_s16le"), 16000)
+    assert [update.text for update in finals if update.text] == [overfit.text(0), overfit.text(1)]
+    with running(session, Limits(streams=2, per_address=2)) as server:
+
+        async def both() -> list[list[Message]]:
+            silent = speak(server.url, [pcm(hush)], start())
+            return await asyncio.gather(speak(server.url, divided(data, 1), start()), silent)
+
+        spoken, silent = asyncio.run(both())
+    assert_says(spoken, finals)
+    assert silent[-1] == {"type": "end", "seconds": 3.0, "reason": "stop"}
+    assert not text(silent)

@@ -3,6 +3,8 @@
 // With few rows of x the time is that of reading the weight from memory, so that is read once, while what comes next is
 // fetched; x, which is small, is read again for every few rows of it.
 //
+// x may pass a layer norm on its way into the layout that is read, and the result be added to something on its way out.
+//
 // An element of the result is one vector of sums over K, in ascending order, and then the sum of its lanes in a fixed
 // order: so a row's result is equal bit for bit alone and among others, wherever it stands, on any number of threads.
 #include "linear_step.h"
@@ -58,11 +60,29 @@ inline Quad folded(Floats x) {
   return quads[0];
 }
 
-// The sums of the lanes of four vectors.
+// Which lanes of two vectors a shuffle takes, of every four: the first two or the last two of both, in turns (`Step` 1)
+// or together (2).
+template <int Step>
+struct Order {
+  int32_t low[lanes], high[lanes];
+  constexpr Order() : low(), high() {
+    for (int i = 0; i < lanes; ++i) {
+      const int n = i % 4, of = Step == 1 ? n % 2 : n / 2, lane = Step == 1 ? n / 2 : n % 2;
+      low[i] = i - n + lane + of * lanes;
+      high[i] = low[i] + 2;
+    }
+  }
+};
+
+template <int Step>
+inline Floats halves(Floats a, Floats b) {
+  static constexpr Order<Step> order;
+  return __builtin_shuffle(a, b, read<Ints>(order.low)) + __builtin_shuffle(a, b, read<Ints>(order.high));
+}
+
+// The sums of the lanes of four vectors: of every four lanes first, which makes one vector of them, then of all fours.
 inline Quad totals(Floats w, Floats x, Floats y, Floats z) {
-  const Quad a = folded(w), b = folded(x), c = folded(y), d = folded(z);
-  return (Quad{a[0], b[0], c[0], d[0]} + Quad{a[2], b[2], c[2], d[2]}) +
-         (Quad{a[1], b[1], c[1], d[1]} + Quad{a[3], b[3], c[3], d[3]});
+  return folded(halves<2>(halves<1>(w, x), halves<1>(y, z)));
 }
 
 // A group of rows of x, and which of all groups it is.
@@ -76,7 +96,8 @@ struct Linear {
   const LinearStep& l;
 
   // `Rows` rows of x with every `apart`th of the `present` rows at `weight`, of which there is at least one. They are
-  // far apart because memory gives more of several pages at once than of one.
+  // far apart where they come from memory, which gives more of several pages at once than of one, and else neighbours,
+  // whose results are written together.
   template <int64_t Rows>
   void tile(const float* x, const T* weight, int64_t present, int64_t apart, const Group& group, float* to) const {
     constexpr int64_t width = tile_width(Rows);
@@ -114,7 +135,10 @@ struct Linear {
     UNROLL for (int64_t i = 0; i < Rows; ++i, to += panel)
       UNROLL for (int64_t j = 0; j < width; j += 4) {
         const Quad four = totals(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
-        UNROLL for (int64_t n = 0; n < 4; ++n) to[(j + n) * apart] = four[n];
+        if (apart == 1)
+          std::memcpy(to + j, &four, sizeof four);
+        else
+          UNROLL for (int64_t n = 0; n < 4; ++n) to[(j + n) * apart] = four[n];
       }
   }
 
@@ -123,9 +147,12 @@ struct Linear {
     float sums[Rows * panel];
     const float* x = l.packed + group.row * padded();
     const T* weight = static_cast<const T*>(l.weight) + first * l.weight_row;
-    const int64_t apart = (count + tile_width(Rows) - 1) / tile_width(Rows);
-    for (int64_t t = 0; t < apart; ++t)
-      tile<Rows>(x, weight + t * l.weight_row, count - t, apart, group, sums + t);
+    const int64_t width = tile_width(Rows), tiles = (count + width - 1) / width;
+    const bool spread = group.turns < 4;  // later groups find the weight in a cache
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t j = spread ? t : t * width;
+      tile<Rows>(x, weight + j * l.weight_row, count - j, spread ? tiles : 1, group, sums + j);
+    }
     for (int64_t i = 0; i < Rows; ++i)
       for (int64_t j = 0; j < count; j += lanes)
         finish(group.row + i, first + j, static_cast<int>(count - j), sums + i * panel + j);
@@ -135,7 +162,9 @@ struct Linear {
     Floats y = load(sums);
     if (l.scale) y *= load(l.scale + column, n);
     if (l.bias) y += load(l.bias + column, n);
-    store(l.out + row * l.N + column, l.silu ? y * sigmoid(y) : y, n);
+    y = (l.silu ? y * sigmoid(y) : y) * l.factor;
+    if (l.add) y += load(l.add + row * l.add_row + column, n);
+    store(l.out + row * l.N + column, y, n);
   }
 
   void run(int64_t index) const {
@@ -166,10 +195,36 @@ struct Linear {
   void pack() const {
     float* to = l.packed;
     for_groups([&](const Group& group) {
-      for (int64_t k = 0; k < l.K; k += lanes)
-        for (int64_t i = 0; i < group.rows; ++i, to += lanes)
-          store(to, load(l.x + (group.row + i) * l.x_row + k, static_cast<int>(l.K - k)));
+      Moments moments[most_rows];
+      if (l.norm_weight)
+        for (int64_t i = 0; i < group.rows; ++i) moments[i] = moments_of(l.x + (group.row + i) * l.x_row);
+      for (int64_t k = 0; k < l.K; k += lanes) {
+        const int n = static_cast<int>(l.K - k);
+        for (int64_t i = 0; i < group.rows; ++i, to += lanes) {
+          Floats x = load(l.x + (group.row + i) * l.x_row + k, n);
+          if (l.norm_weight)
+            x = (x - moments[i].mean) * moments[i].scale * load(l.norm_weight + k, n) + load(l.norm_bias + k, n);
+          store(to, x);
+        }
+      }
     });
+  }
+
+  // Of a row, for its layer norm.
+  struct Moments {
+    float mean, scale;
+  };
+
+  Moments moments_of(const float* x) const {
+    Floats total{}, squares{};
+    for (int64_t k = 0; k < l.K; k += lanes) total += load(x + k, static_cast<int>(l.K - k));
+    const float mean = sum(total) / l.K;
+    for (int64_t k = 0; k < l.K; k += lanes) {
+      const int n = static_cast<int>(l.K - k);
+      const Floats apart = load(x + k, n) - mean;
+      squares += n < lanes ? keep_first(apart * apart, n) : apart * apart;
+    }
+    return {mean, 1 / std::sqrt(sum(squares) / l.K + l.eps)};
   }
 };
 

@@ -8,7 +8,8 @@ namespace speechkit {
 
 enum class Weight { float32, bfloat16, int8 };
 
-// Numbers of a row lie side by side in all of these; rows are apart by `x_row` and `weight_row` elements.
+// Numbers of a row lie side by side in all of these; rows are apart by `x_row`, `weight_row` and `add_row`
+// elements.
 struct LinearStep {
   int64_t M, N, K;  // rows of x, rows of the weight, what both are long
   bool silu;
@@ -18,7 +19,13 @@ struct LinearStep {
   const void* weight;
   int64_t weight_row;
   const float *scale, *bias;  // [N] each; null: none
-  float* out;                 // [M, N]
+
+  const float *norm_weight, *norm_bias;  // [K] each; null: x is not normed
+  float eps;
+  const float* add;  // rows of N; null: nothing is added
+  int64_t add_row;
+  float factor;  // of what is added to `add`
+  float* out;    // [M, N]
 
   // x as the kernel reads it, M rows of K rounded up to whole vectors: `pack` makes it from `x`. Aligned to 64 bytes.
   float* packed;

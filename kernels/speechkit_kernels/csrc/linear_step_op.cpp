@@ -36,7 +36,18 @@ Weight kind(const Tensor& weight) {
   }
 }
 
-void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& scale) {
+std::vector<int64_t> sizes_of_result(const Tensor& x, const Tensor& weight) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = weight.size(0);
+  return sizes;
+}
+
+struct Options {
+  MaybeTensor bias, scale, norm_weight, norm_bias, add;
+};
+
+void check(const Tensor& x, const Tensor& weight, const Options& options) {
+  const MaybeTensor& scale = options.scale;
   arguments.shape("weight", weight, {-1, -1});
   const int64_t N = weight.size(0), K = weight.size(1);
   arguments.dtype("x", x, ScalarType::Float);
@@ -48,13 +59,23 @@ void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const
   if (K > 1 && weight.stride(1) != 1)
     refuse("linear_step: weight must have the numbers of a row side by side, but their stride is ", weight.stride(1),
            "; make it contiguous, once.");
-  const auto per_row = [&](const char* name, const MaybeTensor& tensor) {
+  if (options.norm_weight.has_value() != options.norm_bias.has_value())
+    refuse("linear_step: norm_weight and norm_bias must be given together, but one is None.");
+  const auto vector = [&](const char* name, const MaybeTensor& tensor, int64_t count) {
     if (!tensor) return;
-    arguments.shape(name, *tensor, {N});
+    arguments.shape(name, *tensor, {count});
     arguments.dtype(name, *tensor, ScalarType::Float);
   };
-  per_row("bias", bias);
-  per_row("scale", scale);
+  vector("bias", options.bias, N);
+  vector("scale", scale, N);
+  vector("norm_weight", options.norm_weight, K);
+  vector("norm_bias", options.norm_bias, K);
+  if (!options.add) return;
+  const auto given = options.add->sizes();
+  const std::vector<int64_t> sizes = sizes_of_result(x, weight), found(given.begin(), given.end());
+  if (found != sizes)
+    refuse("linear_step: add must be ", shape_text(sizes), ", but has the shape ", shape_text(found), ".");
+  arguments.dtype("add", *options.add, ScalarType::Float);
 }
 
 // How far apart the rows [..., K] of x are, if that is one number and a row's numbers lie side by side; else -1.
@@ -70,6 +91,12 @@ int64_t row_stride(const Tensor& x) {
   return x.size(-1) == 1 || x.stride(-1) == 1 ? stride : -1;
 }
 
+// x with its rows [..., K] at one distance from each other, and that distance.
+std::pair<Tensor, int64_t> in_rows(const Tensor& x) {
+  const int64_t stride = row_stride(x);
+  return stride >= 0 ? std::pair(x, stride) : std::pair(torch::stable::contiguous(x), x.size(-1));
+}
+
 MaybeTensor dense(const MaybeTensor& tensor) {
   return !tensor || tensor->stride(0) == 1 ? tensor : torch::stable::contiguous(*tensor);
 }
@@ -79,25 +106,34 @@ const float* data(const MaybeTensor& tensor) {
 }
 
 Tensor linear_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor& given_bias,
-                   const MaybeTensor& given_scale, bool silu) {
-  check(given_x, weight, given_bias, given_scale);
-  const bool in_rows = row_stride(given_x) >= 0;
-  const Tensor x = in_rows ? given_x : torch::stable::contiguous(given_x);
+                   const MaybeTensor& given_scale, bool silu, const MaybeTensor& given_norm_weight,
+                   const MaybeTensor& given_norm_bias, double eps, const MaybeTensor& given_add, double factor) {
+  check(given_x, weight, {given_bias, given_scale, given_norm_weight, given_norm_bias, given_add});
+  const auto [x, x_row] = in_rows(given_x);
   const MaybeTensor bias = dense(given_bias), scale = dense(given_scale);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const MaybeTensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
   const int64_t N = weight.size(0), K = weight.size(1);
-  sizes.back() = N;
-  Tensor out = torch::stable::new_empty(x, sizes);
+  Tensor out = torch::stable::new_empty(x, sizes_of_result(x, weight));
   if (out.numel() == 0) return out;
 
   const LinearStepKernel kernel = choose(kind(weight));
   LinearStep l{out.numel() / N, N, K, silu};
   l.x = data(x);
-  l.x_row = in_rows ? row_stride(x) : K;
+  l.x_row = x_row;
   l.weight = weight.const_data_ptr();
   l.weight_row = weight.stride(0);
   l.scale = data(scale);
   l.bias = data(bias);
+  l.norm_weight = data(norm_weight);
+  l.norm_bias = data(norm_bias);
+  l.eps = static_cast<float>(eps);
+  l.factor = static_cast<float>(factor);
+  std::optional<std::pair<Tensor, int64_t>> add;
+  if (given_add) {
+    add = in_rows(*given_add);
+    l.add = data(add->first);
+    l.add_row = add->second;
+  }
   l.out = static_cast<float*>(out.mutable_data_ptr());
   thread_local Scratch packed;
   l.packed = static_cast<float*>(packed.get(l.M * (K + kernel.width) * sizeof(float)));

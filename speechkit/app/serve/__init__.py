@@ -18,6 +18,7 @@ from speechkit.recogniser import Recogniser
 from speechkit.search import Rescored
 from speechkit.session import Session, live_context
 from speechkit.types import Seconds
+from speechkit.vad import Vad
 
 try:
     import uvicorn
@@ -50,6 +51,7 @@ def serve(
     resume_seconds: Seconds = Limits.resume,
     idle_seconds: Seconds = Limits.idle,
     allow_origin: Sequence[str] = (),
+    vad: bool = False,
 ) -> None:
     """Serve a model until the process is told to stop; then every stream is flushed.
 
@@ -58,8 +60,10 @@ def serve(
     """
     recogniser = ready(model, device, search)
     limits = Limits(max_streams, max_per_address, resume_seconds, idle_seconds, max_seconds)
-    session = Session(recogniser, slots=max_streams, context=live_context(recogniser, seconds(chunk_ms)))
+    context = live_context(recogniser, seconds(chunk_ms))
+    session = Session(recogniser, slots=max_streams, context=context, vad=Vad() if vad else None)
     with listen(host, port) as listening:
+        session.trace()
         warm(session)
         name = Path(model).resolve().name
         service = Service(session, limits, name=name, token=token, origins=allow_origin, local=is_local(host))

@@ -121,6 +121,7 @@ class Stream:
         self.received = 0  # samples
         self.reason: str | None = None  # why it is to end
         self.ended = False
+        self.forsaken = False  # nobody can take it up again
         self.drop: Callable[[StreamError], None] | None = None  # its connection; None while it waits for its client
         self.expiry: asyncio.TimerHandle | None = None
         self._width = SCALE[encoding][1]

@@ -74,12 +74,8 @@ class Streams:
         await asyncio.to_thread(self.engine.stop)
 
     @property
-    def remembered(self) -> int:
-        """Streams that hold a slot, or that are over and could still be asked for."""
-        return len(self._all)
-
-    @property
     def open(self) -> list[Stream]:
+        """Those that hold a slot; the others are over, and could still be asked for."""
         return [stream for stream in self._all.values() if not stream.ended]
 
     def join(self, *, address: str, sample_rate: int, encoding: str) -> Stream:
@@ -103,7 +99,7 @@ class Streams:
             StreamError: where there is none.
         """
         stream = self._all.get(identity) if isinstance(identity, str) else None
-        if stream is None or stream.reason == "lost":
+        if stream is None or stream.forsaken:
             raise StreamError(
                 "gone",
                 f"A stream must be taken up again within {self.limits.resume:g} s, but this one is over or was never "
@@ -135,10 +131,9 @@ class Streams:
     def told(self, stream: Stream) -> None:
         """The client has its `end`. Should it have been lost, it is said again to a client that asks for it."""
         self.lost(stream)
-        for old in [stream for stream in self._all.values() if stream.ended and not stream.drop][
-            : -self.limits.streams
-        ]:
-            self._wait_no_more(old)
+        over = [one for one in self._all.values() if one.ended and not one.drop]
+        for oldest in over[: -self.limits.streams]:
+            self._wait_no_more(oldest)
 
     def exposition(self) -> str:
         """The page of /metrics."""
@@ -159,9 +154,7 @@ class Streams:
             raise StreamError("shutdown", "This server is being stopped and takes no streams; try again in a minute.")
         addresses = Counter(stream.address for stream in self.open)
         if sum(addresses.values()) >= self.limits.streams:
-            raise StreamError(
-                "busy", f"All {self.limits.streams} streams of this server are taken; try again in a minute."
-            )
+            raise StreamError("busy", f"All {self.limits.streams} streams of this server are taken; try again later.")
         if addresses[address] >= self.limits.per_address:
             raise StreamError(
                 "busy",
@@ -171,10 +164,10 @@ class Streams:
 
     def _wait_no_more(self, stream: Stream) -> None:
         """Nobody comes back for this stream: flush it, and forget it once that is done."""
+        stream.forsaken = True
+        stream.finish("lost")
         if stream.ended:
             self._all.pop(stream.id, None)
-        else:
-            stream.finish("lost")
 
     def _tell(self, turn: Turn) -> None:
         assert self._loop
@@ -196,6 +189,8 @@ class Streams:
 
     def _say(self, heard: Heard) -> None:
         stream: Stream = heard.stream
+        if stream.id not in self._all:
+            return  # dropped while this was on its way
         self.metrics.times["speechkit_latency_seconds"].add(time.monotonic() - heard.arrived)
         try:
             stream.say(heard)
@@ -204,7 +199,7 @@ class Streams:
                 stream.drop(refusal)
         if stream.ended:
             self._count_end(stream.reason or "")
-            if stream.drop is None and (self.closing or stream.reason == "lost"):
+            if stream.forsaken:
                 self._all.pop(stream.id, None)
 
     def _count_end(self, reason: str) -> None:
