@@ -92,17 +92,23 @@ def serve(
             text = str(error).encode()
             give(to, text, len(text), 0)
 
-    host = ctypes.CDLL(str(build.find()))
-    host.speechkit_cuda.restype = ctypes.c_char_p
-    host.speechkit_cuda.argtypes = [ctypes.c_char_p, ctypes.c_char_p, COMPILE, ctypes.c_char_p, ctypes.c_char_p]
     _kept.append(answer)
     paths = str(driver).encode(), str(torch_library).encode()
-    trouble = host.speechkit_cuda(*paths, answer, library.encode(), key.encode())
+    trouble = _launcher().speechkit_cuda(*paths, answer, library.encode(), key.encode())
     if trouble:
         raise RuntimeError(f"the CUDA kernels must reach NVIDIA's driver, but: {trouble.decode()}")
 
 
 _kept: list[Any] = []  # C++ calls them as long as it lives
+
+
+@functools.cache
+def _launcher() -> ctypes.CDLL:
+    """The host library; one a process, whatever becomes of the cache."""
+    library = ctypes.CDLL(str(build.find()))
+    library.speechkit_cuda.restype = ctypes.c_char_p
+    library.speechkit_cuda.argtypes = [ctypes.c_char_p, ctypes.c_char_p, COMPILE, ctypes.c_char_p, ctypes.c_char_p]
+    return library
 
 
 @functools.cache
