@@ -6,8 +6,9 @@
 Load: the largest number of real-time streams whose 95th percentile of latency stays under one chunk, at each length of
 chunk. A stream sends 16 kHz audio in messages of 100 ms, at its own phase; its latency is counted by the client, from
 the moment the last sample of a chunk was due until its text is there, so audio that the server does not take in time
-counts as well. Two servers take turns, point by point: one with the compiled operators, one without
-(SPEECHKIT_KERNELS=off). Each is a process with one thread on the first core; all clients are this process, on the last.
+counts as well. Two servers take turns, point by point: one with compiled operators and traced steps, one in plain eager
+PyTorch (SPEECHKIT_KERNELS=off, nothing traced). Each is a process with one thread on the first core; all clients are
+this process, on the last.
 Without MODEL, a Conformer S of random weights that hears nothing but blanks.
 
 Hour: real recordings, one after the other, to one stream, each chunk sent when the text of the one before is there. It
@@ -45,8 +46,9 @@ from speechkit.pretrained import load_recogniser, save
 
 RATE, MESSAGE = 16000, 0.1  # Hz, seconds
 SETTLING = 2.0  # seconds of a point that do not count: the streams' memories fill
-CANDIDATES = {"compiled": {}, "plain": {"SPEECHKIT_KERNELS": "off"}}
 SERVE = "import sys; from speechkit.app.cli import main; sys.exit(main())"
+EAGER = "from speechkit.session import Session; Session.trace = lambda session: None; "
+CANDIDATES = {"compiled": (SERVE, {}), "plain": (EAGER + SERVE, {"SPEECHKIT_KERNELS": "off"})}  # code, environment
 
 
 def main() -> None:
@@ -95,9 +97,10 @@ def machine(model: str, cores: Sequence[int]) -> str:
 
 
 @contextlib.contextmanager
-def server(model: str, core: int, *options: str, **env: str) -> Iterator[tuple[str, int]]:
+def server(model: str, core: int, *options: str, candidate: str = "compiled") -> Iterator[tuple[str, int]]:
     """A server that runs: its address, and its process."""
-    command = [sys.executable, "-c", SERVE, "serve", model, "--port", "0", "--device", "cpu", *options]
+    code, env = CANDIDATES[candidate]
+    command = [sys.executable, "-c", code, "serve", model, "--port", "0", "--device", "cpu", *options]
     limits = ["--max-streams", "256", "--max-per-address", "256", "--resume-seconds", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     process = subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, text=True, env=environment)
@@ -119,9 +122,7 @@ def load(model: str, core: int, arguments: argparse.Namespace) -> None:
     for chunk in arguments.chunks:
         with contextlib.ExitStack() as stack:
             options = ("--chunk-ms", str(chunk), "--search", "greedy")
-            urls = {
-                name: stack.enter_context(server(model, core, *options, **env))[0] for name, env in CANDIDATES.items()
-            }
+            urls = {name: stack.enter_context(server(model, core, *options, candidate=name))[0] for name in CANDIDATES}
             searches = {name: Search(url, chunk / 1000, arguments) for name, url in urls.items()}
             while not all(search.over for search in searches.values()):  # in turns
                 for search in searches.values():

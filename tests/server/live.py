@@ -34,10 +34,10 @@ class Running:
         self.url, self.http = f"ws://127.0.0.1:{port}/v1/stream", f"http://127.0.0.1:{port}"
 
     def settle(self, within: float = 10.0) -> None:
-        """Wait until no stream holds a slot and nothing is remembered of any."""
-        wait_for(
-            lambda: not self.service.streams.remembered and not self.service.streams.engine.session.streams, within
-        )
+        """Wait until no connection is left, no stream holds a slot, and nothing is remembered of any."""
+        streams, state = self.service.streams, self.server.server_state
+        wait_for(lambda: not (state.connections or state.tasks), within)
+        wait_for(lambda: not (streams._all or streams.engine.session.streams), within)
 
 
 @contextmanager
