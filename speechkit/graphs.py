@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from speechkit.stream import State
+from speechkit.stream import State, leaves, with_leaves
 from speechkit.types import EncoderOutput
 
 Step = Callable[[], EncoderOutput]
@@ -104,7 +104,7 @@ class Graphs:
             old[slot].copy_(new[0])
 
     def _step(self, size: int) -> EncoderOutput:
-        before = tree_map(lambda x: None if x is None else x[:size], self.state)
+        before = with_leaves(self.state, [x[:size] for x in leaves(self.state)])
         encoded, after = self.stream(self.chunk[:size], self.lengths[:size], before)
         for old, new in zip(_tensors(before), _tensors(after), strict=True):
             if old is not new:  # kernels hand back what they changed in place
@@ -160,12 +160,11 @@ def _storage(x: Tensor) -> int:
 
 
 def _tensors(state: State) -> list[Tensor]:
-    leaves: list[Any] = tree_leaves(state, is_leaf=lambda x: isinstance(x, list))
-    leaves = [leaf for leaf in leaves if leaf is not None]
-    for leaf in leaves:
+    found = leaves(state)
+    for leaf in found:
         if not isinstance(leaf, Tensor):
             raise ValueError(
                 f"Graphs.state must consist of tensors, because a graph changes nothing else, but holds a "
                 f"{type(leaf).__name__}; stream this model without graphs."
             )
-    return leaves
+    return found
