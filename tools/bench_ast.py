@@ -5,8 +5,8 @@
 A step is forward and backward of a tagger of 527 classes on random features, with the same weights for all; the
 logits are checked to be equal first. Patchout is that of PaSST-S at 10 s, 40 columns and 4 rows. The
 candidates take turns, so whatever else the machine does falls on all of them alike. Times are medians with their
-quartiles; ratios are to transformers, the median over the turns. On a GPU the steps are in bfloat16 and the peak of
-its memory is printed too.
+quartiles, on a CPU of the time that its threads were at work; ratios are to transformers, the median over the turns.
+Memory is what a forward pass keeps for its backward pass. On a GPU the steps are in bfloat16.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main() -> None:
     x = torch.randn(arguments.batch, arguments.frames, 128, device=device)
     print(f"AST {arguments.size}, {arguments.batch} clips of {arguments.frames} frames, forward and backward")
     print(f"{device}, {arguments.threads} thread(s), torch {torch.__version__}\n")
-    report(measure(steps, x, arguments.repeats))
+    memory = {name: kept(logits, x) for name, logits in steps.items()}
+    report(measure(steps, x, arguments.repeats), memory)
 
 
 def candidates(size: str, frames: int, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -68,45 +69,61 @@ def candidates(size: str, frames: int, device: torch.device) -> dict[str, Callab
     return {"transformers": lambda x: theirs(x).logits, "ours": ours.logits, "ours, patchout": less.logits}
 
 
-def measure(
-    candidates: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int
-) -> dict[str, tuple[Tensor, float]]:
-    """Seconds of each candidate in each turn, and the peak of the GPU's memory in GiB."""
+def measure(candidates: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> dict[str, Tensor]:
+    """Seconds of each candidate in each turn."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    peaks = dict.fromkeys(candidates, 0.0)
     with torch.no_grad():
         same = [candidates[name](x) for name in ("transformers", "ours")]
         assert torch.allclose(*same, atol=1e-3), "the candidates must agree"
     for turn in range(repeats + 1):
         for name, logits in candidates.items():
-            seconds, peak = step(logits, x)
+            seconds = step(logits, x)
             if turn:  # the first is for warming up
                 times[name].append(seconds)
-                peaks[name] = max(peaks[name], peak)
-    return {name: (torch.tensor(seconds, dtype=torch.float64), peaks[name]) for name, seconds in times.items()}
+    return {name: torch.tensor(seconds, dtype=torch.float64) for name, seconds in times.items()}
 
 
-def step(logits: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
-    cuda = x.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=cuda):
-        loss = logits(x).float().square().mean()
-    loss.backward()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+def step(logits: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    start = now(x.device)
+    forward(logits, x).backward()
+    return now(x.device) - start
 
 
-def report(found: dict[str, tuple[Tensor, float]]) -> None:
-    theirs, their_peak = found["transformers"]
-    for name, (times, peak) in found.items():
-        low, middle, high = torch.quantile(1e3 * times, torch.tensor([0.25, 0.5, 0.75], dtype=times.dtype)).tolist()
-        memory = f"   {peak:6.2f} GiB ({their_peak / peak:4.2f}x less)" if peak else ""
-        ratio = float((theirs / times).median())
-        print(f"{name:>15} {middle:9.1f} ms ({low:.1f}-{high:.1f})   {ratio:5.2f}x as fast{memory}")
+def now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def forward(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        return logits(x).float().square().mean()
+
+
+def kept(logits: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights aside."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward(logits, x)
+        del loss
+    return sum(sizes.values())
+
+
+def report(times: dict[str, Tensor], memory: dict[str, int]) -> None:
+    for name, seconds in times.items():
+        low, middle, high = torch.quantile(1e3 * seconds, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+        ratio, saving = float((times["transformers"] / seconds).median()), memory["transformers"] / memory[name]
+        print(
+            f"{name:>15} {middle:9.1f} ms ({low:.1f}-{high:.1f})   {ratio:.2f}x as fast"
+            f" {memory[name] / 2**20:9.1f} MiB   {saving:.2f}x less"
+        )
 
 
 if __name__ == "__main__":
