@@ -116,7 +116,9 @@ class LogMel(nn.Module):
 
     Gives what ``torchaudio.compliance.kaldi.fbank`` gives without dither. Frame t covers the samples
     ``[hop * (t + 1) - window, hop * (t + 1))``: the signal has ``window - hop`` zeros put before it, so N samples give
-    ``N // hop`` frames and no frame waits for what comes after its hop.
+    ``N // hop`` frames and no frame waits for what comes after its hop. With ``snip_edges``, frame t covers
+    ``[hop * t, hop * t + window)``, and N samples give ``(N - window) // hop + 1``, none where they are fewer than a
+    window.
 
     Args:
         sample_rate: in Hz.
@@ -129,6 +131,10 @@ class LogMel(nn.Module):
             lie seven deviations below any room, and a normalisation measured with it would flatten the speech.
         scale: samples are multiplied by it first. Kaldi reads 16-bit integers, hence 32768; checkpoints that were
             trained on samples between -1 and 1 want 1. It decides how far above the floor of the logarithm speech lies.
+        hann_power: the window is a Hann window to this power: 0.85 is Kaldi's "povey", 1 its "hanning".
+        snip_edges: begin with the first whole window, as Kaldi does unless told otherwise, and put no zeros before it.
+        float32_tables: compute window and triangles in float32, as torchaudio does, instead of rounding them when they
+            are done. Either is as good, but quiet bands differ by up to 0.002, so a checkpoint wants what it had.
     """
 
     taper: Float[Tensor, "W"]
@@ -145,6 +151,9 @@ class LogMel(nn.Module):
         high_hz: float = 0.0,
         scale: float = 32768.0,
         floor: float = 1.0,
+        hann_power: float = 0.85,
+        snip_edges: bool = False,
+        float32_tables: bool = False,
     ) -> None:
         super().__init__()
         # Kaldi cuts off fractions of a sample; the millionth is for products like 0.0999...
@@ -156,19 +165,22 @@ class LogMel(nn.Module):
             )
         self.sample_rate, self.dim, self.floor = sample_rate, bands, floor
         self.fft = 1 << (self.window - 1).bit_length()
-        taper = scale * torch.hann_window(self.window, periodic=False, dtype=torch.float64) ** 0.85
+        self.before = 0 if snip_edges else self.window - self.hop  # zeros put before the signal
+        dtype = torch.float32 if float32_tables else torch.float64
+        taper = scale * torch.hann_window(self.window, periodic=False, dtype=dtype) ** hann_power
         self.register_buffer("taper", taper.float(), persistent=False)
-        mel = _mel_triangles(sample_rate, self.fft, bands, low_hz, high_hz)
+        mel = _mel_triangles(sample_rate, self.fft, bands, low_hz, high_hz, dtype)
         self.register_buffer("mel", mel.float(), persistent=False)
 
     def forward(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
         """Whole recordings, of which the first ``lengths`` samples are real."""
         (frames, counts), _ = self.stream(samples, lengths, self.init_state(len(samples)))
-        return FeatureOutput(frames[:, : samples.shape[1] // self.hop], counts)
+        whole = max(0, (self.before + samples.shape[1] - self.window) // self.hop + 1)
+        return FeatureOutput(frames[:, :whole], counts)
 
     def init_state(self, batch: int) -> State:
         """The samples heard last, and how many of them belong to the next frame."""
-        return _still(self.taper, batch, self.window, self.window - self.hop)
+        return _still(self.taper, batch, self.window, self.before)
 
     def stream(
         self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"], state: State
@@ -185,7 +197,7 @@ class LogMel(nn.Module):
     def _log_mel(self, windows: Float[Tensor, "B T W"]) -> Float[Tensor, "B T F"]:
         x = windows - windows.mean(dim=-1, keepdim=True)
         # Kaldi takes the sample before the first to equal the first.
-        x = torch.cat([x[..., :1] * (1 - PREEMPHASIS), x[..., 1:] - PREEMPHASIS * x[..., :-1]], dim=-1)
+        x = x - PREEMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
         spectrum = torch.fft.rfft(x * self.taper, n=self.fft)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, T, fft / 2 + 1]
         return (power @ self.mel).clamp(min=self.floor).log()
@@ -492,7 +504,9 @@ def _sinc_kernel(ratio: Fraction) -> tuple[Float[Tensor, "W M"], int]:
     return cutoff * torch.sinc(distance) * torch.cos(distance * math.pi / 12).square(), width
 
 
-def _mel_triangles(sample_rate: int, fft: int, bands: int, low_hz: float, high_hz: float) -> Float[Tensor, "W F"]:
+def _mel_triangles(
+    sample_rate: int, fft: int, bands: int, low_hz: float, high_hz: float, dtype: torch.dtype
+) -> Float[Tensor, "W F"]:
     """Kaldi's triangles, evenly spaced and linear on the mel scale, as a matrix from power spectrum to bands."""
     half = sample_rate / 2
     high = high_hz if high_hz > 0 else half + high_hz
@@ -501,7 +515,7 @@ def _mel_triangles(sample_rate: int, fft: int, bands: int, low_hz: float, high_h
             f"LogMel must have 0 <= low_hz < high_hz <= {half:g}, half the sample rate, but low_hz is {low_hz:g} and "
             f"high_hz {high:g}; a high_hz of 0 is half the sample rate."
         )
-    mel = 1127 * torch.log1p(torch.arange(fft // 2 + 1, dtype=torch.float64) * sample_rate / fft / 700)
     low, high = (1127 * math.log1p(hz / 700) for hz in (low_hz, high))
-    place = (mel[:, None] - low) / ((high - low) / (bands + 1)) - torch.arange(bands)  # 0, 1, 2: start, top, end
-    return torch.minimum(place, 2 - place).clamp(min=0)
+    start, top, end = (low + (torch.arange(bands, dtype=dtype) + n) * ((high - low) / (bands + 1)) for n in range(3))
+    mel = 1127 * torch.log(1 + torch.arange(fft // 2 + 1, dtype=dtype) * (sample_rate / fft) / 700)[:, None]
+    return torch.minimum((mel - start) / (top - start), (end - mel) / (end - top)).clamp(min=0)

@@ -125,12 +125,20 @@ class Scale(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, SiLU, linear; dropout after each. ``bias``: whether the linear maps add one."""
+    """Linear, activation, linear; dropout after each. ``bias``: whether the linear maps add one."""
 
-    def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden: int,
+        dropout: float,
+        bias: bool = True,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
         super().__init__(
             Linear(dim, hidden, bias=bias),
-            nn.SiLU(),
+            activation(),
             nn.Dropout(dropout),
             Linear(hidden, dim, bias=bias),
             nn.Dropout(dropout),

@@ -174,6 +174,14 @@ class Interval(Context):
 
 
 @dataclass(frozen=True)
+class Everything(Context):
+    """The whole utterance, where every frame of the call is real, so that attention may leave out its mask.
+
+    Lengths say it too, but a GPU would have to wait for somebody to look at them.
+    """
+
+
+@dataclass(frozen=True)
 class ContextSampler:
     """Dynamic chunk training: one `Context` a batch, drawn from the product of ``chunks`` and ``lefts``.
 

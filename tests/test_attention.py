@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speechkit.attention import AbsoluteKey, Alibi, RelativePosition, Rotary, ScoreTerm, Softmax, attend, sinusoid
 from speechkit.attention.patterns import Dilated
-from speechkit.stream import Context, Span, fresh_span, keep_valid
+from speechkit.stream import Context, Everything, Span, fresh_span, keep_valid, valid
 
 TERMS = [ScoreTerm, RelativePosition, AbsoluteKey, Rotary, Alibi]
 CONTEXTS = [
@@ -52,6 +52,36 @@ def test_every_kernel_equals_the_reference_forward_and_backward(kernel, term, co
         found.append([out, *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True))])
     for expected, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [None, Dilated(step=3, near=2)], ids=["dense", "dilated"])
+@pytest.mark.parametrize("term", TERMS)
+def test_everything_is_the_whole_context_where_no_frame_is_padding(term, pattern) -> None:
+    position, (q, k, v) = drawn(term)
+    lengths = torch.full((4,), 29)
+    q, k = position.place(q, k, fresh_span(lengths, Context()).positions(29))
+    expected, ours, blind = (
+        attend(q, k, v, fresh_span(n, context), term=position, pattern=pattern, kernel=kernel)
+        for n, context, kernel in (
+            (lengths, Context(), "reference"),
+            (lengths, Everything(), "auto"),
+            (LENGTHS, Everything(), "auto"),
+        )
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    if pattern is None and term in (ScoreTerm, Rotary):
+        assert torch.equal(ours, blind)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+@pytest.mark.parametrize("term", TERMS)
+def test_what_is_past_the_length_gives_zero_and_is_not_looked_at(term: type[ScoreTerm], kernel) -> None:
+    position, (q, k, v) = drawn(term)
+    real = valid(LENGTHS, 29)[:, :, None, None]
+    q, k, v = (torch.where(real, x, torch.nan) for x in (q, k, v))
+    out = attend(q, k, v, fresh_span(LENGTHS, Context()), term=position, kernel=kernel)
+    assert torch.isfinite(out).all()
+    assert all(not row[length:].any() for row, length in zip(out, LENGTHS.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)

@@ -75,6 +75,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path) -> None:
         "sentencepiece": ["~model.text.symbols", "model.text.model=x"],
         "words": ["~model.text.symbols"],
         "recorded": ["augment.effects.noise.source.path=x"],
+        **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("tiny", "small", "base")},
     }
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem

@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "speechkit"
 
-# From the ground up. Two floors of the design have a step in them: everything stands on `types`, and data on features.
+# From the ground up. Some floors of the design have a step in them: everything stands on `types`, data on features, and
+# the tagger on what the recogniser does with recordings.
 FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
@@ -23,6 +24,7 @@ FLOORS = (
     ("encoders",),
     ("objectives", "search", "metrics"),
     ("config", "recogniser"),
+    ("tagger",),
     ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures"),
     ("app",),
 )

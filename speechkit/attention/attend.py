@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speechkit.attention.positions import ScoreTerm
-from speechkit.stream import Context, Span, keep_valid
+from speechkit.stream import Context, Everything, Span, keep_valid, valid
 
 Pattern = Callable[[Tensor, Tensor], Tensor]
 """``pattern(query [B, U, 1], key [B, 1, S]) -> bool``: which pairs to keep. It can only narrow the context."""
@@ -58,6 +58,8 @@ def attend(
         raise ValueError(f"attend: heads must be a multiple of the key heads, {k.shape[2]}, but are {q.shape[2]}.")
     if kernel == "reference":
         return _reference(q, k, v, span, term, pattern, dropout)
+    if kernel != "windowed" and q.shape[1] == k.shape[1] and pattern is None and _is_whole(span.context, term):
+        return _whole(q, k, v, span, dropout)
     blocks = None if kernel == "sdpa" else _blocks(span.context)
     if kernel == "windowed" and blocks is None:
         raise ValueError(
@@ -93,6 +95,26 @@ def _reference(
     weights = torch.nan_to_num(torch.softmax(scores, dim=-1))  # no visible key: weights 0
     weights = F.dropout(weights, dropout)
     return torch.einsum("bhus,bhsv->buhv", weights, _share(v, q.shape[2]))
+
+
+def _is_whole(context: Context, term: ScoreTerm | None) -> bool:
+    """Whether all queries see the same keys and score them by themselves."""
+    unbiased = term is None or type(term).bias is ScoreTerm.bias
+    return unbiased and type(context) in (Context, Everything) and context.chunk is None
+
+
+def _whole(q: Query, k: Float[Tensor, "B U G K"], v: Float[Tensor, "B U G V"], span: Span, dropout: float) -> Values:
+    """Every frame sees every real one: one mask over keys serves all queries."""
+    mask = None
+    if not isinstance(span.context, Everything):
+        q, k, v = (keep_valid(x, span.lengths) for x in (q, k, v))
+        hidden = ~valid(span.lengths, q.shape[1])[:, None, None]  # [B, 1, 1, S]
+        mask = q.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(q.dtype).min)
+    heads = q.shape[2]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), _share(k, heads), _share(v, heads), attn_mask=mask, dropout_p=dropout
+    ).transpose(1, 2)
+    return out if mask is None else keep_valid(out, span.lengths)
 
 
 class Blocks(NamedTuple):

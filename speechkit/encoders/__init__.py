@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from speechkit.encoders.ast import AST
 from speechkit.encoders.chunked import ChunkedEncoder
 from speechkit.encoders.conformer import Conformer
 from speechkit.encoders.squeezeformer import Squeezeformer
@@ -52,4 +53,4 @@ class StreamingEncoder(Protocol):
     ) -> tuple[EncoderOutput, State]: ...
 
 
-__all__ = ["AudioEncoder", "ChunkedEncoder", "Conformer", "Squeezeformer", "StreamingEncoder"]
+__all__ = ["AST", "AudioEncoder", "ChunkedEncoder", "Conformer", "Squeezeformer", "StreamingEncoder"]

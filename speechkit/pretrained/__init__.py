@@ -1,7 +1,7 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and the tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names. Folders of other toolkits are read by one file each: `nemotron`.
+what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from speechkit.config import build_model, plain
-from speechkit.encoders import Conformer
+from speechkit.encoders import AST, Conformer
 from speechkit.layers import shrink
-from speechkit.pretrained import nemotron
-from speechkit.pretrained.weights import CONFIG, WEIGHTS, fill, holds_weights, read, some
+from speechkit.pretrained import ast, nemotron
+from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some
 from speechkit.recogniser import Recogniser
+from speechkit.tagger import Tagger
 from speechkit.text import load_tokenizer
 
 
@@ -60,40 +61,48 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Recogniser | Conformer:
+Model = Recogniser | Tagger | Conformer | AST
+
+
+def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
     """The model of a folder, on the CPU, ready to use.
 
     Args:
-        folder: what `save` wrote, or a run (whose model is in ``RUN/model``), for a recogniser; or what transformers
-            wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder.
+        folder: what `save` wrote, or a run (whose model is in ``RUN/model``), for a recogniser; what transformers
+            wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder, or for a `speechkit.pretrained.ast`,
+            for a tagger or an encoder; or a ``.pth`` file of AST's original repository, for a tagger.
         weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
-    home = model_folder(folder)
-    config = _config(home)
-    model: Recogniser | Conformer
-    if nemotron.describes(config):
-        model = nemotron.load(home, config)
-    else:
-        model = _described(home, config)
-        fill(model, read(home), home)
+    model = ast.load_original(folder) if Path(folder).suffix in PICKLES else _of_folder(model_folder(folder))
     if weights != torch.float32:
         shrink(model, weights)
     return model.eval()
+
+
+def _of_folder(home: Path) -> Model:
+    config = _config(home)
+    for source in (nemotron, ast):
+        if source.describes(config):
+            return source.load(home, config)
+    model = _described(home, config)
+    fill(model, read(home), home)
+    return model
 
 
 def load_recogniser(folder: str | Path) -> Recogniser:
     """As `load`, for what has to write text.
 
     Raises:
-        ValueError: also where the folder holds an encoder alone.
+        ValueError: also where the folder holds an encoder alone, or a tagger.
     """
     model = load(folder)
     if not isinstance(model, Recogniser):
+        kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
         raise ValueError(
-            f"{folder} must hold a recogniser, but holds an encoder, which writes no text; "
+            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; "
             f"use it from Python with speechkit.load, or name a model that speechkit trained."
         )
     return model

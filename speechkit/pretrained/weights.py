@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"  # says in which of several files a tensor is, where a model is too large for one
+PICKLES = (".pth", ".pt", ".bin")
 SHOWN = 8  # keys named in one sentence
 
 
@@ -29,6 +31,29 @@ def read(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in _read(folder / file).items()}
 
 
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file: safetensors, or a pickle that torch opens without running anything in it.
+
+    Raises:
+        ValueError: where it is missing, damaged, or holds anything but tensors by name.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} must be a checkpoint, but does not exist; check the path.")
+    if path.suffix not in PICKLES:
+        return _read(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle end in whatever their opcodes come to
+        raise ValueError(
+            f"{path} must hold tensors and nothing else, but cannot be opened so ({type(error).__name__}); copy it "
+            f"again, or convert it to safetensors where you trust it."
+        ) from error
+    found = found.get("model", found) if isinstance(found, Mapping) else found  # an envelope, as DeiT's are in
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} must hold tensors by name, but holds {type(found).__name__}; load another file.")
+    return dict(found)
+
+
 def fill(
     module: nn.Module, weights: Mapping[str, Tensor], folder: Path, names: Mapping[str, str] | None = None
 ) -> None:
@@ -41,10 +66,21 @@ def fill(
     Raises:
         ValueError: with the tensors that are missing, unknown or of another size, as ``weights`` calls them.
     """
+    if faults := put(module, weights, names):
+        raise ValueError(
+            f"{folder / WEIGHTS} must hold the weights of the model that {CONFIG} beside it describes, but {faults}; "
+            f"it is of another model: put the {CONFIG} beside it that it was saved with."
+        )
+
+
+def put(module: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> str:
+    """As `fill`, but say what does not fit, in place of putting anything; nothing to say is the empty string."""
     wanted = module.state_dict()
     names = names or {name: name for name in wanted}
-    _refuse_misfit({names[name]: tensor for name, tensor in wanted.items()}, weights, folder / WEIGHTS)
-    module.load_state_dict({name: weights[names[name]] for name in wanted})
+    faults = _misfit({names[name]: tensor for name, tensor in wanted.items()}, weights)
+    if not faults:
+        module.load_state_dict({name: weights[names[name]] for name in wanted})
+    return faults
 
 
 def some(names: list[str]) -> str:
@@ -90,7 +126,7 @@ def _is_pickle(path: Path) -> bool:
     return start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and start[8:] != b"{")
 
 
-def _refuse_misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+def _misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
     missing = [name for name in wanted if name not in weights]
     surplus = [name for name in weights if name not in wanted]
     resized = [
@@ -99,9 +135,4 @@ def _refuse_misfit(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
         if name in weights and weights[name].shape != tensor.shape
     ]
     found = [("lacks", missing), ("has the unknown", surplus), ("has the wrong sizes", resized)]
-    faults = ", and ".join(f"{what} {some(names)}" for what, names in found if names)
-    if faults:
-        raise ValueError(
-            f"{path} must hold the weights of the model that {CONFIG} beside it describes, but {faults}; "
-            f"it is of another model: put the {CONFIG} beside it that it was saved with."
-        )
+    return ", and ".join(f"{what} {some(names)}" for what, names in found if names)
