@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--hour", nargs="+", metavar="FILE")
     parser.add_argument("--minutes", type=float, default=60.0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the servers would outlive this process
     with contextlib.ExitStack() as stack:
         model = arguments.model or random_model(Path(stack.enter_context(tempfile.TemporaryDirectory()), "conformer_s"))
         cores = sorted(os.sched_getaffinity(0))
