@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ install_import_hook(
      "speechkit.features", "speechkit.objectives"],
     "beartype.beartype",
 )  # fmt: skip
+
+# A shell that starts something in the background lets it ignore Ctrl-C, and its children with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from overfit import Overfit

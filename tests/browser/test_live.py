@@ -58,7 +58,7 @@ def final(page: Any, text: str) -> None:
 
 def test_what_is_spoken_into_the_microphone_appears_on_the_page(tab: Tab, overfit: Overfit, screenshots: Path) -> None:
     tab.page.goto(tab.home)
-    assert tab.page.inner_text("#model") == "overfit"
+    tab.page.locator("#model:text-is('overfit')").wait_for()
     tab.page.click("#record")
     for number in SPOKEN:
         final(tab.page, overfit.text(number))
