@@ -9,16 +9,17 @@ that memory and no address: a pause is a length of 0, a join writes fresh values
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speechkit.stream import State, leaves, with_leaves
+from speechkit.stream import State, first, leaves
 from speechkit.types import EncoderOutput
 
+Out = TypeVar("Out")
 Step = Callable[[], EncoderOutput]
 Stream = Callable[[Tensor, Tensor, State], tuple[EncoderOutput, State]]
 
@@ -104,7 +105,7 @@ class Graphs:
             old[slot].copy_(new[0])
 
     def _step(self, size: int) -> EncoderOutput:
-        before = with_leaves(self.state, [x[:size] for x in leaves(self.state)])
+        before = first(self.state, size)
         encoded, after = self.stream(self.chunk[:size], self.lengths[:size], before)
         for old, new in zip(_tensors(before), _tensors(after), strict=True):
             if old is not new:  # kernels hand back what they changed in place
@@ -132,7 +133,7 @@ class _Reads(TorchDispatchMode):
         return out
 
 
-def captured(step: Step) -> Step:
+def captured(step: Callable[[], Out]) -> Callable[[], Out]:
     """The step as a CUDA graph. It runs twice before, on a stream of its own, to choose algorithms and take memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -142,11 +143,11 @@ def captured(step: Step) -> Step:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        encoded = step()
+        out = step()
 
-    def replay() -> EncoderOutput:
+    def replay() -> Out:
         graph.replay()
-        return encoded
+        return out
 
     return replay
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser, samples_of
 from speechkit.search import Endpoint, Search, stable_prefix
-from speechkit.stream import Context, clone_state, put, put_, state_bytes, take
+from speechkit.stream import Context, clone_state, first, put, put_, state_bytes, take
 from speechkit.traced import Traced
 from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript, Word
 from speechkit.vad import Piece, Vad, Voices, listen
@@ -319,6 +319,7 @@ class Session:
             state = take(self._state, rows + rows[:1] * more)
             encoded, state = self._step(samples, lengths, state, context=self.context)
             encoded = EncoderOutput(encoded.frames[: len(rows)], encoded.lengths[: len(rows)])
+            state = first(state, len(rows))
         self._state = put_(self._state, rows, state)
         return encoded
 

@@ -266,29 +266,16 @@ def take(state: State, rows: Sequence[int]) -> State:
 
 def put(state: State, rows: Sequence[int], fresh: State) -> State:
     """``state`` with the streams ``rows`` replaced by those of ``fresh``: a reset, a join, or a move."""
-
-    def replace(old: Any, new: Any) -> Any:
-        if isinstance(old, Tensor):
-            old = old.clone()
-            old[list(rows)] = new.to(old.dtype)
-            return old
-        old = list(old)
-        for row, item in zip(rows, new, strict=True):
-            old[row] = item
-        return old
-
-    return _map(replace, state, fresh)
+    return put_(clone_state(state), rows, fresh)
 
 
 def put_(state: State, rows: Sequence[int], fresh: State) -> State:
     """As `put`, but written into the tensors of ``state``, which is consumed: it costs what ``fresh`` is large.
 
-    For who owns a state alone, with no tensor in it that is a view of another. Streams of ``fresh`` beyond
-    ``len(rows)`` are left out.
+    For who owns a state alone, with no tensor in it that is a view of another.
     """
 
     def write(old: Any, new: Any) -> Any:
-        new = new[: len(rows)]
         if isinstance(old, Tensor):
             old[list(rows)] = new.to(old.dtype)
         else:
@@ -297,6 +284,11 @@ def put_(state: State, rows: Sequence[int], fresh: State) -> State:
         return old
 
     return _map(write, state, fresh)
+
+
+def first(state: State, count: int) -> State:
+    """The first streams of a state, in the same memory."""
+    return _map(lambda x: x[:count], state)
 
 
 def clone_state(state: State) -> State:

@@ -32,7 +32,7 @@ from speechkit_kernels import cuda  # noqa: E402
 
 from speechkit.attention import RelativePosition, Softmax  # noqa: E402
 from speechkit.encoders import Conformer  # noqa: E402
-from speechkit.graphs import Graphs  # noqa: E402
+from speechkit.graphs import Graphs, captured  # noqa: E402
 from speechkit.layers import Convolution, Subsampling  # noqa: E402
 from speechkit.stream import Context  # noqa: E402
 
@@ -141,23 +141,6 @@ class Filter:
             return F.silu(F.layer_norm(y, (D,), scale, shift))
 
         return {"conv_step": ours, "eager": eager}
-
-
-def captured(step: Step) -> Step:
-    """The step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def microseconds(step: Step, repeats: int) -> float:

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from speechkit_kernels import plain
 from torch import Tensor
 
+from speechkit.graphs import captured
+
 H, D = 8, 64
 Step = Callable[[], object]
 
@@ -137,15 +139,6 @@ PEERS: dict[str, Callable[[Layer], Step]] = {
 }
 
 
-def in_graph(step: Step) -> Step:
-    for _ in range(3):
-        step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def candidates(layer: Layer, names: list[str], skipped: dict[str, str]) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for name in names:
@@ -153,7 +146,7 @@ def candidates(layer: Layer, names: list[str], skipped: dict[str, str]) -> dict[
             steps[name] = PEERS[name](layer)
             steps[name]()
             if layer.device == "cuda":
-                steps[f"{name}, graph"] = in_graph(PEERS[name](layer))
+                steps[f"{name}, graph"] = captured(PEERS[name](layer))
         except Exception as error:  # a peer that does not run here is a line of the report
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:140]}"
     return steps
