@@ -10,6 +10,7 @@ import pytest
 import speechkit_kernels
 import torch
 import torch.nn.functional as F
+from instruction_sets import instruction_set
 from speechkit_kernels import build, plain
 from torch import Tensor
 
@@ -21,14 +22,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, tor
 @pytest.fixture(params=build.ISAS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The operator, with each instruction set this machine has."""
-    best = speechkit_kernels.instruction_set()
-    if best is None:
-        pytest.skip(f"no compiled kernels: {speechkit_kernels.explain()[0].reason}")
-    if [*build.ISAS].index(request.param) < [*build.ISAS].index(best):
-        pytest.skip(f"this CPU has no {request.param}")
-    speechkit_kernels.instruction_set(request.param)
-    yield torch.ops.speechkit.conv_step
-    speechkit_kernels.instruction_set(best)
+    with instruction_set(request.param):
+        yield torch.ops.speechkit.conv_step
 
 
 @pytest.fixture(params=["kernel", "plain"])

@@ -8,6 +8,7 @@ import pytest
 import speechkit_kernels
 import torch
 import torch.nn.functional as F
+from instruction_sets import instruction_set
 from speechkit_kernels import build, plain
 from torch import Tensor
 
@@ -18,15 +19,8 @@ Step = Callable[..., Tensor]
 @pytest.fixture(params=build.ISAS)
 def compiled(request: pytest.FixtureRequest) -> Iterator[Step]:
     """The operator as this instruction set computes it."""
-    before = speechkit_kernels.instruction_set()
-    if before is None:
-        pytest.skip("no compiled kernels here")
-    try:
-        speechkit_kernels.instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield torch.ops.speechkit.linear_step
-    speechkit_kernels.instruction_set(before)
+    with instruction_set(request.param):
+        yield torch.ops.speechkit.linear_step
 
 
 def random_map(N: int, K: int, kind: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import speechkit_kernels
 import torch
+from instruction_sets import instruction_set
 from speechkit_kernels import build, plain
 from torch import Tensor
 
@@ -29,15 +30,8 @@ def operator(request: pytest.FixtureRequest) -> Iterator[Operator]:
     if request.param == PLAIN:
         yield plain.stream_attn
         return
-    usual = speechkit_kernels.instruction_set()
-    if usual is None:
-        pytest.skip("the compiled kernels are not there: " + str(speechkit_kernels.explain()[0]))
-    try:
-        speechkit_kernels.instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield torch.ops.speechkit.stream_attn
-    speechkit_kernels.instruction_set(usual)
+    with instruction_set(request.param):
+        yield torch.ops.speechkit.stream_attn
 
 
 @pytest.fixture
