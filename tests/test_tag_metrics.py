@@ -206,7 +206,7 @@ def test_events_are_matched_in_the_way_that_matches_most() -> None:
 
 def test_matching_a_chain_of_thousands_of_events_needs_no_deep_recursion() -> None:
     links = 1500
-    near = [[n, n + 1] for n in range(links)][::-1] + [[0]]
+    near = [*([n, n + 1] for n in reversed(range(links))), [0]]
     assert matched(near) == links + 1
 
 
