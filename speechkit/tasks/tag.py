@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -95,8 +96,8 @@ class Tag(Task):
         if self.spec_augment is not None:
             frames = self.spec_augment(frames, counts)
         self._meter.frames += counts.sum()
-        logits = self.model.logits(frames, None if self.model.filled else counts)
-        return {"loss": self.loss(logits, mix(targets, share, partner))}
+        encoded = self.model.encoder(frames, None if self.model.filled else counts)
+        return self.model.head.learn(encoded, partial(self.loss, targets=mix(targets, share, partner)))
 
     def smooth(self, targets: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         even = 1 / targets.shape[1] if self.model.exclusive else 0.5
