@@ -102,7 +102,7 @@ class Statistics(Head):
 
 
 class LinearSoftmax(Head):
-    """For events: a clip has the probability ``sum p^2 / sum p`` of its frames' p (linear softmax, 1810.09050, table 1).
+    """For events: a clip has the probability ``sum p^2 / sum p`` of its frames' p (1810.09050, table 1).
 
     A frame weighs as much as it is sure, so that clips with labels teach when their sounds are. Probabilities are
     sigmoids, and pooled by themselves for each class.
@@ -171,9 +171,9 @@ class Gated(Head):
 class Branches(Head):
     """Several gated attentions that learn to look at different frames, none of them at few (ACMIL, 2311.07125).
 
-    A clip is classified from the mean of the branches' weights. In training each branch also has a classifier and a loss
-    of its own (semantic regularisation), the cosines of their weights are added (diversity), and of the frames with most
-    weight some are hidden at random (stochastic top-k masking). The paper's settings are the defaults.
+    A clip is classified from the mean of the branches' weights. In training each branch also has a classifier and a
+    loss of its own (semantic regularisation), the cosines of their weights are added (diversity), and of the frames
+    with most weight some are hidden at random (stochastic top-k masking). The paper's settings are the defaults.
 
     Args:
         branches: how many.

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
-    ("features", "testing", "kernels", "traced", "graphs", "vad"),
+    ("features", "events", "testing", "kernels", "traced", "graphs", "vad"),
     ("data", "cut"),
     ("layers",),
     ("attention",),

@@ -114,18 +114,10 @@ class Tag(Task):
 
     def validation_step(self, batch: TagBatch, index: int) -> Float[Tensor, "B C"]:
         """The scores of the clips, the long ones heard piece by piece."""
-        scores = self._scored(batch)
+        scores = self.model.clip_scores(batch.samples, batch.sample_lengths)
         self._scores.append(scores)
         self._targets.append(batch.targets.cpu())
         return scores
-
-    def _scored(self, batch: TagBatch) -> Float[Tensor, "B C"]:
-        frames, counts = self.model.hear(batch.samples, batch.sample_lengths)
-        if frames.shape[1] <= self.model.frames:
-            logits = self.model.logits(frames, None if self.model.filled else counts)
-            return self.model.probabilities(logits.float()).cpu()
-        clips = zip(batch.samples.cpu(), batch.sample_lengths.tolist(), strict=True)
-        return torch.stack([self.model.scores(samples[:length]) for samples, length in clips])
 
     def on_validation_epoch_end(self) -> None:
         scores, targets = (self._from_all(torch.cat(rows)) for rows in (self._scores, self._targets))
