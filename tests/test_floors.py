@@ -25,7 +25,7 @@ FLOORS = (
     ("objectives", "heads", "search", "metrics"),
     ("config", "recogniser"),
     ("tagger",),
-    ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures"),
+    ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures", "explain"),
     ("app",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
