@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,10 @@ class Tagger(nn.Module):
         Raises:
             ValueError: where the tagger has no front end, the recording cannot be read, or is shorter than one frame.
         """
-        scores = self.scores(audio)
+        return self.best(self.scores(audio), top)
+
+    def best(self, scores: Float[Tensor, "C"], top: int) -> tuple[Tag, ...]:
+        """The classes of highest score, highest first."""
         best = scores.topk(min(top, len(self.labels)))
         return tuple(Tag(self.labels[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
@@ -131,7 +134,13 @@ class Tagger(nn.Module):
 
     @torch.inference_mode()
     def events(
-        self, audio: Audio, *, threshold: float = 0.5, low: float | None = None, median: Seconds = 0.3
+        self,
+        audio: Audio,
+        *,
+        threshold: float = 0.5,
+        low: float | None = None,
+        median: Seconds = 0.3,
+        progress: Callable[[Seconds], None] | None = None,
     ) -> tuple[Event, ...]:
         """The classes heard in a recording of any length, with their times in it, in order.
 
@@ -139,23 +148,24 @@ class Tagger(nn.Module):
             threshold: the score of a frame of an event, above 0 and below 1.
             low: the score at which an event, having reached ``threshold``, begins and ends; ``threshold`` unless given.
             median: scores are the medians over so long; 0 is as they are.
+            progress: as of `pieces`.
 
         Raises:
             ValueError: as `tag`, or for a threshold that is none.
         """
-        scores, seconds, total = self.frame_scores(audio)
+        scores, seconds, total = self.frame_scores(self.pieces(audio, progress))
         return events.found(
             scores, self.labels, seconds, total=total, threshold=threshold, low=low, width=round(median / seconds)
         )
 
     @torch.inference_mode()
-    def frame_scores(self, audio: Audio) -> tuple[Float[Tensor, "U C"], Seconds, Seconds]:
+    def frame_scores(self, pieces: Iterable[Piece]) -> tuple[Float[Tensor, "U C"], Seconds, Seconds]:
         """The score of every class in each encoder frame of a recording, how long one is, and how long the recording.
 
         Where pieces overlap, the mean; frames that no piece reaches have the scores of those before them.
         """
         stride = self.encoder.stride
-        rows = [(piece.start, piece.length, self._frame_scores(piece)) for piece in self.pieces(audio)]
+        rows = [(piece.start, piece.length, self._frame_scores(piece)) for piece in pieces]
         total = max(start + count for start, count, _ in rows)
         found = events.joined([(round(start / stride), scores) for start, _, scores in rows], ceil_div(total, stride))
         return found, stride * self.seconds(1), self.seconds(total)
@@ -169,8 +179,11 @@ class Tagger(nn.Module):
         return self.probabilities(self.head.frames(piece.encoded)[0, :real].float()).cpu()
 
     @torch.no_grad()
-    def pieces(self, audio: Audio) -> Iterator[Piece]:
+    def pieces(self, audio: Audio, progress: Callable[[Seconds], None] | None = None) -> Iterator[Piece]:
         """A recording in pieces of ``frames`` feature frames, the last of which overlaps the one before; or all of it.
+
+        Args:
+            progress: called with how much of the recording was heard, after each piece.
 
         Raises:
             ValueError: as `tag`.
@@ -182,6 +195,8 @@ class Tagger(nn.Module):
                 heard = self._normalised(frames[None].to(device), count)
                 encoded = self.encoder(heard.frames, None if self.filled else heard.lengths)
                 yield Piece(start, len(frames), heard.frames, encoded)
+                if progress:
+                    progress(self.seconds(start + len(frames)))
 
     def _cut(self, audio: Audio) -> Iterator[tuple[int, Float[Tensor, "T F"]]]:
         """Where each piece begins, and its frames; no more than two pieces are in memory."""

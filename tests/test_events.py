@@ -122,7 +122,7 @@ def test_an_event_ends_with_the_recording_although_the_model_hears_it_filled_up(
     tagger = by_loudness(filled=True)
     short = recording()[: round(1.15 * RATE)]
     assert max(event.end for event in tagger.events(short, median=0.0)) <= 1.15 + 1e-6
-    scores, seconds, total = tagger.frame_scores(short)
+    scores, seconds, total = tagger.frame_scores(tagger.pieces(short))
     assert len(scores) == math.ceil(total / seconds - 1e-9) and total == pytest.approx(1.15, abs=0.02)
 
 
@@ -130,7 +130,7 @@ def test_frame_scores_of_a_transformer_are_those_of_its_windows() -> None:
     torch.manual_seed(0)
     features = FrontEnd(mel=LogMel(bands=40))
     tagger = Tagger(features=features, encoder=tiny(stride=8), labels=("a", "b", "c"), frames=96, head=LinearSoftmax)
-    scores, seconds, total = tagger.eval().frame_scores(recording(2.0))
+    scores, seconds, total = tagger.frame_scores(tagger.eval().pieces(recording(2.0)))
     assert seconds == pytest.approx(0.08) and total == pytest.approx(2.0, abs=0.02)
     pieces = list(tagger.pieces(recording(2.0)))
     assert [piece.start for piece in pieces] == [0, 96, round(100 * total) - 96]
