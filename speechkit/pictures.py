@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -60,41 +61,37 @@ def explained(
     title: str,
     how: str,
 ) -> Figure:
-    """A spectrogram, over it what a tagger looked at, and its labels beside it.
+    """A spectrogram, the same with what a tagger looked at over it, and its labels beside them.
 
     Args:
         features: log-mel frames, normalised or not.
-        heat: how much each of them counts.
+        heat: how much each of them counts; where it is least, nothing is drawn.
         tags: labels and scores, highest first.
         times: where they begin and end.
         title: for example the name of the file.
         how: what ``heat`` is.
     """
-    figure = Figure(figsize=(min(20.0, max(9.0, 4.5 + 0.7 * (times[1] - times[0]))), 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 1])
+    figure = Figure(figsize=(min(20.0, max(9.0, 4.5 + 0.7 * (times[1] - times[0]))), 5.2), layout="constrained")
+    axes = figure.subplot_mosaic([["heard", "tags"], ["seen", "tags"]], width_ratios=[3, 1])
+    above, below, right = axes["heard"], axes["seen"], axes["tags"]
     low, high = np.percentile(features, [2, 99.5])
-    extent = (*times, 0.0, float(features.shape[1]))
-    left.imshow(features.T, origin="lower", aspect="auto", extent=extent, cmap="gray_r", vmin=low, vmax=high)
-    strength = np.clip(heat / max(np.percentile(heat, 99), 1e-12), 0, 1)
-    left.imshow(
-        strength.T,
-        origin="lower",
-        aspect="auto",
-        extent=extent,
-        cmap="autumn_r",
-        alpha=0.75 * strength.T,
-        vmin=0,
-        vmax=1,
-    )
-    left.set(xlabel="seconds", ylabel="mel band")
-    left.set_title(f"{title}: {how}", loc="left", fontsize=10, color=INK)
+    shown: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": (*times, 0.0, float(features.shape[1]))}
+    above.imshow(features.T, cmap="magma", vmin=low, vmax=high, **shown)
+    below.imshow(features.T, cmap="gray_r", vmin=low, vmax=high, **shown)
+    least, most = np.percentile(heat, [5, 99.5])
+    strength = np.clip((heat - least) / max(most - least, 1e-12), 0, 1).T
+    below.imshow(strength, cmap="autumn_r", vmin=0, vmax=1, alpha=0.85 * strength, interpolation="bilinear", **shown)
+    above.set(ylabel="mel band", xticklabels=[])
+    below.set(ylabel="mel band", xlabel="seconds")
+    above.set_title(title, loc="left", fontsize=10, color=INK)
+    below.set_title(how, loc="left", fontsize=10, color=INK)
     rows = np.arange(len(tags))[::-1]
-    right.barh(rows, [score for _, score in tags], color=SIGNAL, height=0.35)
+    right.barh(rows, [score for _, score in tags], color=SIGNAL, height=0.3)
     for row, (label, score) in zip(rows, tags, strict=True):
-        right.text(0.0, row + 0.24, f"{score:.2f}  {label}", va="bottom", fontsize=9, color=INK)
-    right.set(xlim=(0, 1), ylim=(-0.5, len(tags) - 0.2), yticks=[], xticks=[0, 0.5, 1])
+        right.text(0.0, row + 0.2, f"{score:.2f}  {label}", va="bottom", fontsize=9, color=INK)
+    right.set(xlim=(0, 1), ylim=(-0.5, len(tags) - 0.3), yticks=[], xticks=[0, 0.5, 1])
+    _bare(above, below, right)
     right.spines["left"].set_visible(False)
-    _bare(left, right)
     return figure
 
 

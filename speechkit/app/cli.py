@@ -90,7 +90,7 @@ def _train(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
 
 
 def _evaluate(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = _verb(verbs, common, "evaluate", "word and character error rates of runs, in one table")
+    verb = _verb(verbs, common, "evaluate", "how wrong runs are, in one table: recognisers by words, taggers by labels")
     verb.add_argument(
         "inputs",
         nargs="+",
@@ -102,8 +102,10 @@ def _evaluate(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
     verb.add_argument("--search", nargs="+", metavar="NAME", help="files of conf/search/; the model's own unless given")
     verb.add_argument("--stream", action="store_true", help="also streamed, in the model's own chunks")
     verb.add_argument("--chunk-ms", nargs="+", type=_milliseconds, metavar="N", help="also streamed, in chunks of N ms")
-    verb.add_argument("--batch", type=_count, default=16, metavar="N", help="utterances at a time (default 16)")
-    verb.add_argument("--worst", type=int, default=3, metavar="N", help="worst utterances to show (default 3)")
+    verb.add_argument(
+        "--batch", type=_count, default=16, metavar="N", help="utterances or clips at a time (default 16)"
+    )
+    verb.add_argument("--worst", type=int, default=3, metavar="N", help="worst utterances or clips to show (default 3)")
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a row instead of the table")
     verb.set_defaults(run=_lazy("evaluate", "evaluate"))
 

@@ -43,7 +43,8 @@ def tag(
                     sure = SURE if threshold is None else threshold
                     heard: Heard | Events = Events(tagger.events(file, threshold=sure, progress=progress))
                 else:
-                    heard = Heard.of(tagger, tagger.pieces(file, progress), top, threshold or 0.0)
+                    pieces = tagger.pieces(file, progress)
+                    heard = Heard.of(tagger, pieces, length, top, threshold or 0.0)
                 if explain is not None:
                     picture(tagger, file, top).savefig(Path(explain, f"{Path(file).stem}.png"), dpi=110)
             if as_json:
@@ -83,12 +84,12 @@ class Heard(NamedTuple):
     stretches: tuple[Stretch, ...]
 
     @classmethod
-    def of(cls, tagger: Tagger, pieces: Iterable[Piece], top: int, threshold: float) -> Heard:
+    def of(cls, tagger: Tagger, pieces: Iterable[Piece], length: Seconds, top: int, threshold: float) -> Heard:
         ends, rows = [0.0], []
         for piece in pieces:
             ends.append(tagger.seconds(piece.start + piece.length))
             rows.append(tagger.score(piece))
-        scores = torch.stack(rows)
+        scores, ends[-1] = torch.stack(rows), length
 
         def best(first: int, last: int) -> tuple[Tag, ...]:
             tags = tagger.best(scores[first:last].mean(0), top)
