@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_tagging import batch, tagger, task
 from torch import Tensor
 
 from speechkit.config import build, catalogue
@@ -182,6 +184,14 @@ def test_only_frames_of_most_weight_are_hidden_in_training_as_often_as_asked_and
         assert hidden[0, :, branch].sum() == hidden[0, most[:, branch], branch].sum()
     assert hidden[1, :2].sum(0).tolist() == pytest.approx([0.6 * rounds] * 2, abs=40)
     assert hidden[2, 0].sum() == 0
+
+
+def test_a_training_step_has_the_parts_of_a_head_beside_the_loss() -> None:
+    model = tagger(head=partial(Branches, branches=2))
+    losses = task(model=model.train()).losses(batch([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), 0)
+    assert losses.keys() == {"loss", "fit", "branches", "likeness"}
+    losses["loss"].backward()
+    assert all(linear.weight.grad.abs().sum() > 0 for linear in model.head.own)
 
 
 @pytest.mark.parametrize("kind", [LinearSoftmax, Attention])
