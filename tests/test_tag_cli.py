@@ -286,3 +286,16 @@ def test_a_clip_that_cannot_be_read_is_reported_and_the_rest_is_measured(
     status, out, err = output(capsys, "evaluate", home / "one", home / "all.jsonl", "--json")
     assert status == 1 and err == "speechkit: 2.wav must be whole, but ends early; copy it again.\n"
     assert json.loads(out)["clips"] == 5
+
+
+def test_a_clip_shorter_than_a_frame_is_reported_too(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "click.wav", np.zeros(50), 16000)
+    lines = [{"audio": str(tmp_path / "click.wav"), "label": "dog"}, {"audio": str(home / "0.wav"), "label": "dog"}]
+    (tmp_path / "click.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, out, err = output(capsys, "evaluate", home / "one", tmp_path / "click.jsonl", "--json")
+    assert status == 1 and json.loads(out)["clips"] == 1
+    assert err.startswith("speechkit: ") and err.endswith(
+        "must have at least 400 samples, one feature frame, but has 50; leave it out.\n"
+    )

@@ -95,7 +95,7 @@ class _Job:
             clips = {}
             for cut in group:
                 with faults.reporting():
-                    clips[cut.id] = torch.from_numpy(load_samples(cut, self.tagger.sample_rate))
+                    clips[cut.id] = self._clip(cut)
             start = time.perf_counter()
             scores.update(zip(clips, self._scores(list(clips.values())), strict=True))
             spent += time.perf_counter() - start
@@ -104,6 +104,15 @@ class _Job:
         if not heard:
             raise ValueError(f"{self.set} must have clips that can be read, but has none; see the faults above.")
         return Result(tuple(cut.id for cut in heard), self._found(heard, scores), sum(c.duration for c in heard), spent)
+
+    def _clip(self, cut: Cut) -> torch.Tensor:
+        samples = load_samples(cut, self.tagger.sample_rate)
+        least = self.tagger.features.mel.window if self.tagger.features else 1
+        if len(samples) < least:
+            raise ValueError(
+                f"{cut.id} must have at least {least} samples, one feature frame, but has {len(samples)}; leave it out."
+            )
+        return torch.from_numpy(samples)
 
     def _scores(self, clips: list[torch.Tensor]) -> np.ndarray:
         if not clips:
