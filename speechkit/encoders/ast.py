@@ -103,7 +103,9 @@ class Sinusoidal(Positions):
 def sinusoids(columns: int, rows: int, dim: int) -> Float[Tensor, "P Q D"]:
     """Sines and cosines for each patch: those of its row in the first half, of its column in the second."""
     half = dim // 2
-    column, row = (sinusoid(torch.arange(n), width, torch.float32) for n, width in ((columns, dim - half), (rows, half)))
+    column, row = (
+        sinusoid(torch.arange(n), width, torch.float32) for n, width in ((columns, dim - half), (rows, half))
+    )
     return torch.cat([row.expand(columns, -1, -1), column[:, None].expand(-1, rows, -1)], dim=-1)
 
 
@@ -243,7 +245,7 @@ class AST(nn.Module):
         self.blocks: Any = nn.ModuleList(block(dropout=dropout, eps=eps) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=eps)
         for part in self.modules():
-            _initialise(part)
+            initialise_part(part)
 
     @property
     def rows(self) -> int:
@@ -316,7 +318,10 @@ class AST(nn.Module):
         return self.patches(x[:, None]).permute(0, 2, 3, 1)  # [B, D, U, Q] -> [B, U, Q, D]
 
     def relate(
-        self, x: Float[Tensor, "B N D"], counts: Int[Tensor, "B"], context: Context = Context()  # noqa: B008 - frozen
+        self,
+        x: Float[Tensor, "B N D"],
+        counts: Int[Tensor, "B"],
+        context: Context = Context(),  # noqa: B008 - frozen
     ) -> tuple[Float[Tensor, "B 2 D"], Float[Tensor, "B N D"]]:
         """The two tokens and the patches after all of them have seen each other.
 
@@ -342,7 +347,7 @@ class AST(nn.Module):
         return (member / member.sum(1, keepdim=True).clamp(min=1)) @ x
 
 
-def _initialise(part: nn.Module) -> None:
+def initialise_part(part: nn.Module) -> None:
     """Vision transformers' initialisation (2012.12877, section 6): truncated normal of 0.02, biases 0."""
     if isinstance(part, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(part.weight, std=0.02)
