@@ -1,8 +1,8 @@
 """Which patches of a spectrogram a pretraining leaves visible, drawn anew for each clip.
 
-A mask is a frozen value called as ``mask(columns, rows)``: how many columns of patches each clip of a batch has, and how
-many patches are in a column. It answers with ``seen [B, P]``, over the patches of the longest clip, column by column. The
-same share of every clip is hidden, whatever is beside it, and padding is never seen. Chance is torch's.
+A mask is a frozen value called as ``mask(columns, rows)``: how many columns of patches each clip of a batch has, and
+how many patches are in a column. It answers with ``seen [B, P]``, over the patches of the longest clip, column by
+column. The same share of every clip is hidden, whatever is beside it, and padding is never seen. Chance is torch's.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Stripes:
 class Clusters:
     """Squares of patches, one after the other until enough are hidden (SSAST, 2110.09784, section 2.3).
 
-    Its paper draws the squares one by one. Here every patch draws when a square is to begin there, and a patch is hidden
-    as early as the first square that covers it: the same squares in an order of equal chance, without a loop.
+    Its paper draws the squares one by one. Here every patch draws when a square is to begin there, and a patch is
+    hidden as early as the first square that covers it: the same squares in an order of equal chance, without a loop.
 
     Args:
         share: of the patches that is hidden; the paper hides 400 of 512.
