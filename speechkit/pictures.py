@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from speechkit.types import Seconds
@@ -47,6 +47,36 @@ def heard(
     below.set(xlabel="seconds", ylabel="probability", ylim=(0.0, 1.22), xlim=(0.0, seconds), yticks=[0, 0.5, 1])
     below.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     _bare(above, below)
+    return figure
+
+
+def reconstructed(
+    features: Float[np.ndarray, "T F"],
+    hidden: Bool[np.ndarray, "T F"],
+    rebuilt: Float[np.ndarray, "T F"],
+    seconds: Seconds,
+    title: str,
+) -> Figure:
+    """A spectrogram, below it what an encoder saw of it, and what was guessed in the places it did not see.
+
+    Args:
+        features: log-mel frames, normalised or not.
+        hidden: where nothing was seen.
+        rebuilt: the features with guesses in the hidden places.
+        seconds: how long the clip is.
+        title: for example its name.
+    """
+    figure = Figure(figsize=(min(24.0, max(7.0, 1.6 * seconds)), 6.5), layout="constrained")
+    low, high = np.percentile(features, [2, 99.5])
+    extent = (0.0, seconds, 0.0, float(features.shape[1]))
+    rows = {title: features, "seen": np.where(hidden, np.nan, features), "rebuilt": rebuilt}
+    for axes, (name, shown) in zip(figure.subplots(3, 1, sharex=True), rows.items(), strict=True):
+        axes.set_facecolor(SOFT)
+        axes.imshow(shown.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set(ylabel="mel band")
+        _bare(axes)
+    axes.set(xlabel="seconds")
     return figure
 
 

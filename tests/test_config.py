@@ -98,7 +98,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         ("model.encoder.dropuot=0", ["model.encoder.dropuot", "did you mean dropout?"]),
         ("model.attention.posiiton=x", ["model.attention.posiiton", "did you mean position?"]),
         ("trainer.max_step=3", ["trainer.max_step", "did you mean max_steps"]),
-        ("encodr=conformer_s", ["encodr", "did you mean encoder?"]),
+        ("encodr=conformer_s", ["encodr", "did you mean encoder"]),
         ("sede=1", ["sede", "did you mean seed"]),
         ("model.encodr.dim=1", ["model.encodr", "did you mean encoder?"]),
         ("encoder=conformer_z", ["conf/encoder/conformer_z.yaml", "conformer_s", "did you mean"]),

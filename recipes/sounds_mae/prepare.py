@@ -1,10 +1,11 @@
 """All the sound there is, without a label: to pretrain an encoder of audio spectrograms.
 
-Sound: the folders of small samples of public corpora that the other recipes use (LibriSpeech, speechocean762, CMU Arctic
-prompts, VCTK, FSDD, AISHELL-1, AMI, Picovoice's wake words, ESC-10, UrbanSound8K, RAVDESS, Donate-a-cry and others), or
-any folders of your own with a manifest.jsonl each. Licences are those of the folders: of the samples UrbanSound8K,
-RAVDESS and a few clips of librosa's examples are for non-commercial use only, and so is what is trained with them.
-Hours: 6.2 of speech and 0.4 of other sounds in the samples.
+Sound: the folders of small samples of public corpora that the other recipes use (LibriSpeech, speechocean762, CMU
+Arctic prompts, VCTK, FSDD, AISHELL-1, AMI, Picovoice's wake words, ESC-10, UrbanSound8K, RAVDESS, Donate-a-cry and
+others), or any folders of your own with a manifest.jsonl each. Licences are those of the folders: of the samples
+UrbanSound8K, RAVDESS and a few clips of librosa's examples are for non-commercial use only, and so is what is trained
+with them.
+Hours: 5.9 of speech and 0.3 of other sounds in the samples, and 0.1 of both for dev.
 
     speechkit prepare sounds_mae [--corpus FOLDER]          # data/sounds_mae
 
@@ -16,8 +17,9 @@ sounds.jsonl  everything else: the folders whose names begin as `SOUNDS` do
 dev.jsonl     what the folders that are tagged (`TAGGED`) have for dev
 ============= =========================================================================================================
 
-Of the folders that are tagged, nothing of a test split is written, and dev is not trained on. Recordings longer than ten
-seconds become pieces of equal length, since an epoch takes one piece of each; those shorter than a second are left out.
+Of the folders that are tagged, nothing of a test split is written, and dev is not trained on. Recordings longer than
+ten seconds become pieces of equal length, since an epoch takes one piece of each; those shorter than a second are left
+out.
 """
 
 from __future__ import annotations
