@@ -18,6 +18,7 @@ from speechkit.stream import Context
 
 HERE = "test_config"
 OF_TAGGERS = ("head", "tuning")
+OF_PRETRAINING = ("decoder", "mask")
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,14 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         "sentencepiece": ["~model.text.symbols", "model.text.model=x"],
         "words": ["~model.text.symbols"],
         "recorded": ["augment.effects.noise.source.path=x"],
-        **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("tiny", "small", "base")},
+        **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("mini", "tiny", "small", "base")},
     }
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
         if "speechkit.datamodule.TagData" in file.read_text() or group in OF_TAGGERS:
             config.compose(tags, [f"{'+' * (group in ('data', 'tuning'))}{group}={choice}"])
+        elif group in OF_PRETRAINING:
+            config.compose("recipes/sounds_mae/conf/sounds_mae.yaml", [f"{group}={choice}"])
         else:
             config.compose(tones, [f"{'+' * (group == 'data')}{group}={choice}", *needs.get(choice, [])])
 
