@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from test_train import run
+from test_train import home, launch, rows, run
 from torch import Tensor, nn
 
 import speechkit
@@ -250,8 +250,7 @@ def test_a_trained_tagger_names_tones_it_has_not_heard(tags: Path, finished: Pat
     assert isinstance(model, Tagger)
     for line in map(json.loads, (tags.parents[3] / "dev.jsonl").read_text().splitlines()):
         assert model.tag(tags.parents[3] / line["audio"])[0].label == line["label"]
-    rows = (finished / "dev.csv").read_text().splitlines()
-    assert rows[0].split(",") == ["step", "batch", "loss", "accuracy"] and float(rows[-1].split(",")[-1]) == 1.0
+    assert float(rows(finished, "dev.csv")[-1]["accuracy"]) == 1.0
 
 
 def test_a_training_in_two_parts_is_the_same_training(tags: Path) -> None:
@@ -306,9 +305,21 @@ def test_a_recogniser_gives_a_tagger_its_encoder(tags: Path, tmp_path: Path) -> 
 
 def test_several_labels_a_clip_are_judged_by_mean_average_precision(tags: Path) -> None:
     folder = run(tags, "many", "model.exclusive=false", "task.label_smoothing=0.1")
-    rows = (folder / "dev.csv").read_text().splitlines()
-    assert rows[0].endswith(",mAP") and float(rows[-1].split(",")[-1]) == 1.0
+    assert float(rows(folder, "dev.csv")[-1]["mAP"]) == 1.0
     assert math.isclose(float(speechkit.load(folder).scores(tags.parents[3] / "dev0.wav").max()), 0.95, abs_tol=0.2)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_all_of_dev(tags: Path) -> None:
+    two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    process = launch(
+        tags, "two", *two, "trainer.max_steps=12", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"
+    )
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    accuracies = [float(row["accuracy"]) for row in rows(home(tags, "two"), "dev.csv")]
+    assert len(accuracies) == 2 and all((8 * accuracy).is_integer() for accuracy in accuracies)
+    assert accuracies[-1] == 1.0
 
 
 def test_a_model_node_says_what_it_describes() -> None:
