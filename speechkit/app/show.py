@@ -144,7 +144,7 @@ def _(task: Tag, batch: TagBatch, outputs: Tensor) -> tuple[list[str], dict[str,
 
 
 @shown.register
-def _(task: Pretrain, batch: TagBatch, outputs: Tensor) -> tuple[list[str], dict[str, pictures.Figure]]:
+def _(task: Pretrain, batch: TagBatch, outputs: float) -> tuple[list[str], dict[str, pictures.Figure]]:
     frames, lengths = task.features(batch)
     last, count = slice(-1, None), int(lengths[-1])
     rebuilt, hidden = task.model.rebuilt(frames[last, :count], lengths[last])

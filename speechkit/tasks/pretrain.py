@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.tasks.base import Optim, Parts, Task, chance
@@ -33,24 +34,23 @@ class Pretrain(Task):
             return self.model.features(batch.samples, batch.sample_lengths)
 
     def on_validation_epoch_start(self) -> None:
-        self._losses: list[tuple[Parts, int]] = []
+        self._losses: list[tuple[dict[str, float], int]] = []
 
-    def validation_step(self, batch: TagBatch, index: int) -> Tensor:
-        """The loss of a batch; training draws anew in every step, so nothing else notices the seed."""
-        torch.manual_seed(chance(self.seed, index))
-        losses = self.model.losses(*self.features(batch))
+    def validation_step(self, batch: TagBatch, index: int) -> Any:
+        """The loss of a batch, a number; every step of training seeds anew, so nothing else notices the seed."""
+        torch.manual_seed(chance(self.seed, index, self.global_rank))
+        losses = {name: float(value) for name, value in self.model.losses(*self.features(batch)).items()}
         self._losses.append((losses, len(batch.ids)))
         return losses["loss"]
 
     def on_validation_epoch_end(self) -> None:
-        sums = {name: sum(float(losses[name]) * size for losses, size in self._losses) for name in self._losses[0][0]}
-        count = sum(size for _, size in self._losses)
-        totals = torch.tensor([*sums.values(), count], device=self.device)
-        *values, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
-        means = {name: value / count for name, value in zip(sums, values, strict=True)}
-        self.log_dict({f"dev/{name}": value for name, value in means.items()}, logger=False)  # for early stopping
-        self.report("dev", means)
+        every = self.from_all(self._losses)
+        count = sum(size for _, size in every)
+        values = {name: sum(losses[name] * size for losses, size in every) / count for name in every[0][0]}
+        self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
+        self.report("dev", values)
 
     def error_rate(self) -> float | None:
-        """The loss on dev."""
-        return self.latest.get("dev/loss")
+        """The loss on dev, as ``loss / (1 + loss)``: between 0 and 1, whatever the loss is a sum of."""
+        loss = self.latest.get("dev/loss")
+        return None if loss is None else loss / (1 + loss)
