@@ -306,7 +306,7 @@ def test_it_learns_what_one_clip_has_in_hidden_places(decoder: Any) -> None:
     with torch.no_grad():
         patches = model.patches(x)
         error = squared_error(model.decoder(model.encoder, patches), patches)
-        assert error < 0.1 * patches.target[patches.hidden].var()
+        assert error < 0.2 * patches.target[patches.hidden].var()
 
 
 @decoders
