@@ -24,7 +24,7 @@ from speechkit.attention import ScoreTerm, Softmax
 from speechkit.encoders import AST
 from speechkit.encoders.ast import VisionBlock, initialise_part, sinusoids
 from speechkit.masking import visible
-from speechkit.stream import Context, fresh_span, valid
+from speechkit.stream import Context, Everything, fresh_span, valid
 
 Windows = Callable[[Int[Tensor, "N"], int, int], Int[Tensor, "#H N"]]
 """``windows(patches, rows, layer)``: the number of the window that each patch is in, for all heads or for each."""
@@ -143,10 +143,12 @@ class Decoder(nn.Module):
         index, counts = visible(patches.seen)
         x = (x + encoder.positions(columns, U)).flatten(1, 2)
         x = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-        _, x = encoder.relate(x, counts, patches.context)
+        # what fills up the rows of clips with fewer visible patches is hidden, and must not be looked at
+        context = Everything() if bool((counts == index.shape[1]).all()) else Context()
+        _, x = encoder.relate(x, counts, context)
         x = torch.where(valid(counts, x.shape[1])[..., None], self.embed(x), self.mask_token)
         x = self.mask_token.expand(len(x), U * Q, -1).scatter(1, index[..., None].expand(-1, -1, self.dim), x)
-        x = x + sinusoids(U, Q, self.dim).to(x).flatten(0, 1)
+        x = x + sinusoids(U, Q, self.dim, x.device).to(x.dtype).flatten(0, 1)
         span = fresh_span(columns * Q, patches.context)
         for block in self.blocks:
             x = block(x, span)

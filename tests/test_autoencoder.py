@@ -96,6 +96,21 @@ def test_clips_without_lengths_are_all_real(decoder: Any) -> None:
     close(model.losses(x)["loss"], model.losses(x, torch.tensor([112, 112]))["loss"])
 
 
+def each_nth(columns: Tensor, rows: int) -> Tensor:
+    """A mask that shows every clip of a batch less than the one before it."""
+    patches = torch.arange(int(columns.max()) * rows)
+    return patches % torch.arange(2, 2 + len(columns))[:, None] == 0
+
+
+@torch.no_grad()
+def test_clips_of_which_less_is_seen_are_not_shown_more_because_of_the_others() -> None:
+    model, x = autoencoder(mask=each_nth), spectrogram(3, 112, 64)
+    guess = model.decoder(model.encoder, model.patches(x))
+    for row in range(3):
+        alone = autoencoder(mask=lambda columns, rows, row=row: each_nth(columns.expand(3), rows)[row : row + 1])
+        close(guess[row], alone.decoder(alone.encoder, alone.patches(x[row : row + 1]))[0])
+
+
 # Windows
 
 

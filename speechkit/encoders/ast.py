@@ -97,15 +97,14 @@ class Sinusoidal(Positions):
     @torch.no_grad()
     def reset(self) -> None:
         super().reset()
-        self.table.copy_(sinusoids(*self.table.shape))
+        self.table.copy_(sinusoids(*self.table.shape, self.table.device))
 
 
-def sinusoids(columns: int, rows: int, dim: int) -> Float[Tensor, "P Q D"]:
+def sinusoids(columns: int, rows: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "P Q D"]:
     """Sines and cosines for each patch: those of its row in the first half, of its column in the second."""
     half = dim // 2
-    column, row = (
-        sinusoid(torch.arange(n), width, torch.float32) for n, width in ((columns, dim - half), (rows, half))
-    )
+    column = sinusoid(torch.arange(columns, device=device), dim - half, torch.float32)
+    row = sinusoid(torch.arange(rows, device=device), half, torch.float32)
     return torch.cat([row.expand(columns, -1, -1), column[:, None].expand(-1, rows, -1)], dim=-1)
 
 
