@@ -97,7 +97,8 @@ class Sinusoidal(Positions):
     @torch.no_grad()
     def reset(self) -> None:
         super().reset()
-        self.table.copy_(sinusoids(*self.table.shape, self.table.device))
+        columns, rows, dim = self.table.shape
+        self.table.copy_(sinusoids(columns, rows, dim))
 
 
 def sinusoids(columns: int, rows: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "P Q D"]:
