@@ -53,13 +53,25 @@ class Tagging:
     attention: Node | None = None
 
 
-KINDS = {"objective": Recognition, "head": Tagging}
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """The keys of ``model``: the parts of a `speechkit.autoencoder.MaskedAutoencoder`."""
+
+    features: Node
+    encoder: Node
+    decoder: Node
+    mask: Node
+    normalised: bool = True
+    attention: Node | None = None
+
+
+KINDS = {"objective": Recognition, "head": Tagging, "decoder": Pretraining}
 """What describes a model, by a key that no other kind has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The keys of a training config; conf/train.yaml and conf/tag.yaml say what each is for."""
+    """The keys of a training config; conf/train.yaml, conf/tag.yaml and conf/pretrain.yaml say what each is for."""
 
     name: str
     run: str
@@ -121,7 +133,8 @@ def kind_of(node: Node) -> type:
     if len(kinds) != 1:
         raise ValueError(
             f"model must have one of the keys {', '.join(KINDS)}, which say what it is, but has {', '.join(node)}; "
-            f"choose a file of conf/objective/ for a recogniser, or of conf/head/ for a tagger."
+            f"choose a file of conf/objective/ for a recogniser, of conf/head/ for a tagger, or of conf/decoder/ for a "
+            f"pretraining."
         )
     return kinds[0]
 
@@ -138,7 +151,9 @@ def build_model(node: Node, *, tokenizer: Any = None) -> Any:
     """
     parts = plain(node)
     check(parts, kind_of(parts), "model", later=True)
-    return _recogniser(parts, tokenizer) if "objective" in parts else _tagger(parts)
+    if "objective" in parts:
+        return _recogniser(parts, tokenizer)
+    return _tagger(parts) if "head" in parts else _autoencoder(parts)
 
 
 def tune(model: Any, node: Node | None) -> None:
@@ -153,6 +168,12 @@ def _tagger(parts: dict[str, Any]) -> Any:
     tagger = build({"_target_": "speechkit.tagger.Tagger"}, "model", **built, **plainly)
     tune(tagger, parts.get("tuning"))
     return tagger
+
+
+def _autoencoder(parts: dict[str, Any]) -> Any:
+    built = {name: build(parts[name], f"model.{name}") for name in ("features", "encoder", "decoder", "mask")}
+    plainly = {"normalised": parts["normalised"]} if "normalised" in parts else {}
+    return build({"_target_": "speechkit.autoencoder.MaskedAutoencoder"}, "model", **built, **plainly)
 
 
 def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:

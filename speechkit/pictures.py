@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
 from speechkit.types import Seconds
@@ -120,6 +120,36 @@ def confusion(counts: Int[np.ndarray, "C C"], labels: Sequence[str], title: str)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     for spine in axes.spines.values():
         spine.set_color(SOFT)
+    return figure
+
+
+def reconstructed(
+    features: Float[np.ndarray, "T F"],
+    hidden: Bool[np.ndarray, "T F"],
+    rebuilt: Float[np.ndarray, "T F"],
+    seconds: Seconds,
+    title: str,
+) -> Figure:
+    """A spectrogram, below it what an encoder saw of it, and what was guessed in the places it did not see.
+
+    Args:
+        features: log-mel frames, normalised or not.
+        hidden: where nothing was seen.
+        rebuilt: the features with guesses in the hidden places.
+        seconds: how long the clip is.
+        title: for example its name.
+    """
+    figure = Figure(figsize=(min(24.0, max(7.0, 1.6 * seconds)), 6.5), layout="constrained")
+    low, high = np.percentile(features, [2, 99.5])
+    extent = (0.0, seconds, 0.0, float(features.shape[1]))
+    rows = {title: features, "seen": np.where(hidden, np.nan, features), "rebuilt": rebuilt}
+    for axes, (name, shown) in zip(figure.subplots(3, 1, sharex=True), rows.items(), strict=True):
+        axes.set_facecolor(SOFT)
+        axes.imshow(shown.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set(ylabel="mel band")
+        _bare(axes)
+    axes.set(xlabel="seconds")
     return figure
 
 

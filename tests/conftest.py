@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(int(os.environ.get("SPEECHKIT_TEST_THREADS", "1")))
 install_import_hook(
     ["speechkit.types", "speechkit.stream", "speechkit.attention", "speechkit.encoders", "speechkit.layers",
-     "speechkit.features", "speechkit.objectives"],
+     "speechkit.features", "speechkit.objectives", "speechkit.masking", "speechkit.decoders", "speechkit.autoencoder"],
     "beartype.beartype",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from speechkit.stream import Context
 
 HERE = "test_config"
 OF_TAGGERS = ("head", "tuning")
+OF_PRETRAINING = ("decoder", "mask")
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,14 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         "sentencepiece": ["~model.text.symbols", "model.text.model=x"],
         "words": ["~model.text.symbols"],
         "recorded": ["augment.effects.noise.source.path=x"],
-        **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("tiny", "small", "base")},
+        **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("mini", "tiny", "small", "base")},
     }
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
         if "speechkit.datamodule.TagData" in file.read_text() or group in OF_TAGGERS:
             config.compose(tags, [f"{'+' * (group in ('data', 'tuning'))}{group}={choice}"])
+        elif group in OF_PRETRAINING:
+            config.compose("recipes/sounds_mae/conf/sounds_mae.yaml", [f"{group}={choice}"])
         else:
             config.compose(tones, [f"{'+' * (group == 'data')}{group}={choice}", *needs.get(choice, [])])
 
@@ -98,7 +101,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         ("model.encoder.dropuot=0", ["model.encoder.dropuot", "did you mean dropout?"]),
         ("model.attention.posiiton=x", ["model.attention.posiiton", "did you mean position?"]),
         ("trainer.max_step=3", ["trainer.max_step", "did you mean max_steps"]),
-        ("encodr=conformer_s", ["encodr", "did you mean encoder?"]),
+        ("encodr=conformer_s", ["encodr", "did you mean encoder"]),
         ("sede=1", ["sede", "did you mean seed"]),
         ("model.encodr.dim=1", ["model.encodr", "did you mean encoder?"]),
         ("encoder=conformer_z", ["conf/encoder/conformer_z.yaml", "conformer_s", "did you mean"]),

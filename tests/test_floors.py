@@ -23,9 +23,10 @@ FLOORS = (
     ("layers",),
     ("attention",),
     ("encoders",),
-    ("objectives", "heads", "search", "metrics"),
+    ("objectives", "heads", "search", "metrics", "masking"),
+    ("decoders",),
     ("config", "recogniser"),
-    ("tagger",),
+    ("tagger", "autoencoder"),
     ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures", "explain"),
     ("app",),
 )

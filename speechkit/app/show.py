@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speechkit import pictures
 from speechkit.stream import Context
-from speechkit.tasks import Tag, Task, Transcribe
+from speechkit.tasks import Pretrain, Tag, Task, Transcribe
 from speechkit.types import Batch, Seconds, TagBatch
 
 RATES = ("wer", "accuracy", "mAP")  # shown in percent
@@ -107,15 +107,15 @@ class Samples(Callback):
             return
         texts, figures = shown(module, self.batch, self.outputs)
         figures["curve"] = pictures.curve(self.folder)
-        for said, read in list(zip(self.batch.texts, texts, strict=True))[-1:]:
+        heard = list(zip(self.batch.ids, self.batch.texts, texts, strict=True))[-4:] if texts else []
+        for _, said, read in heard[-1:]:
             self.console.print(f"             [dim]{escape(said)}[/]  heard as  [bold]{escape(read)}[/]")
         for name, figure in figures.items():
             figure.savefig(self.folder / f"{name}.png", dpi=110)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step, board = module.position.step, logger.experiment
-                pairs = list(zip(self.batch.ids, self.batch.texts, texts, strict=True))[-4:]
-                rows = "".join(f"|{name}|{said}|{read}|\n" for name, said, read in pairs)
+                rows = "".join(f"|{name}|{said}|{read}|\n" for name, said, read in heard)
                 board.add_text("dev/heard", f"|utterance|said|heard|\n|---|---|---|\n{rows}", step)
                 for name in figures.keys() - {"curve"}:
                     board.add_figure(f"dev/{name}", figures[name], step)
@@ -123,7 +123,7 @@ class Samples(Callback):
 
 @singledispatch
 def shown(task: Any, batch: Any, outputs: Any) -> tuple[list[str], dict[str, pictures.Figure]]:
-    """What was heard in each utterance of a batch, and pictures by their names.
+    """What was heard in each utterance of a batch, if that is the task, and pictures by their names.
 
     Args:
         outputs: of ``task.validation_step``.
@@ -141,6 +141,17 @@ def _(task: Tag, batch: TagBatch, outputs: Tensor) -> tuple[list[str], dict[str,
     best = outputs.topk(min(3, outputs.shape[1]))
     rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [", ".join(f"{task.model.labels[i]} {s:.2f}" for s, i in zip(*row, strict=True)) for row in rows], {}
+
+
+@shown.register
+def _(task: Pretrain, batch: TagBatch, outputs: float) -> tuple[list[str], dict[str, pictures.Figure]]:
+    frames, lengths = task.features(batch)
+    last, count = slice(-1, None), int(lengths[-1])
+    rebuilt, hidden = task.model.rebuilt(frames[last, :count], lengths[last])
+    seconds = rebuilt.shape[1] * task.model.features.hop / task.model.sample_rate
+    given = frames[-1, : rebuilt.shape[1], : rebuilt.shape[2]].cpu().numpy()
+    found = (hidden[0].cpu().numpy(), rebuilt[0].cpu().numpy())
+    return [], {"reconstructed": pictures.reconstructed(given, *found, seconds, batch.ids[-1])}
 
 
 def heard(module: Transcribe, batch: Batch, read: str) -> pictures.Figure:

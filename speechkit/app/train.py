@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from speechkit import checkpoints, pretrained
 from speechkit import config as configs
 from speechkit.app import show
+from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.pretrained.state import StateIO, average
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
 
-Model = Recogniser | Tagger
+Model = Recogniser | Tagger | MaskedAutoencoder
 NORM_BATCHES = 50  # of training data that the normalisation is measured on
 
 # What changes nothing about the steps that were made, and may differ when a run is continued.
@@ -136,6 +137,8 @@ def _says(model: Model) -> dict[str, Any]:
     """What data must know of the model they are for."""
     if isinstance(model, Recogniser):
         return {"tokenizer": model.tokenizer}
+    if isinstance(model, MaskedAutoencoder):
+        return {}
     return {"labels": model.labels, "exclusive": model.exclusive}
 
 
@@ -298,6 +301,8 @@ def _particulars(model: Model) -> dict[str, str]:
         context, unit = model.context, 1000 * model.frame_seconds
         latency = f"streams at {context.latency() * unit:.0f} ms" if context.streams else "whole utterances"
         return {"hears": latency, "heads": f"{type(model.objective).__name__}, {model.tokenizer.size} tokens"}
+    if isinstance(model, MaskedAutoencoder):
+        return {"decoder": type(model.decoder).__name__, "mask": str(model.mask)}
     kind = "one a clip" if model.exclusive else "any number a clip"
     return {"head": type(model.head).__name__, "classes": f"{len(model.labels)}, {kind}"}
 

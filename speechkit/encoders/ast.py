@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from speechkit.attention import Softmax
+from speechkit.attention import Softmax, sinusoid
 from speechkit.layers import FeedForward
 from speechkit.stream import Context, Everything, Span, fresh_span, keep_valid
 from speechkit.types import EncoderOutput
@@ -57,6 +57,11 @@ class PatchPositions(nn.Module):
     def grid(self) -> Float[Tensor, "P Q D"]:
         """The vectors of all patches, by column and row."""
 
+    def reset(self) -> None:
+        """Start anew."""
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
     @abstractmethod
     def adopt(self, other: PatchPositions) -> None:
         """Take over the vectors of other positions, cut or interpolated to the size of these."""
@@ -81,6 +86,27 @@ class Positions(PatchPositions):
     def adopt(self, other: PatchPositions) -> None:
         self.tokens.copy_(other.tokens)
         self.table.copy_(_stretched(other.grid(), *self.table.shape[:2]))
+
+
+class Sinusoidal(Positions):
+    """One table that starts as sines and cosines of the column, and of the row (Audio-MAE, 2207.06405, section 3.1).
+
+    It is trained like any other: with little data, what lies beside what need not be found out first.
+    """
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        super().reset()
+        columns, rows, dim = self.table.shape
+        self.table.copy_(sinusoids(columns, rows, dim))
+
+
+def sinusoids(columns: int, rows: int, dim: int, device: torch.device | None = None) -> Float[Tensor, "P Q D"]:
+    """Sines and cosines for each patch: those of its row in the first half, of its column in the second."""
+    half = dim // 2
+    column = sinusoid(torch.arange(columns, device=device), dim - half, torch.float32)
+    row = sinusoid(torch.arange(rows, device=device), half, torch.float32)
+    return torch.cat([row.expand(columns, -1, -1), column[:, None].expand(-1, rows, -1)], dim=-1)
 
 
 class SeparatePositions(PatchPositions):
@@ -178,7 +204,7 @@ class AST(nn.Module):
         stride, band_stride: feature frames, and bands, from one patch to the next.
         expansion: width of a feed-forward in units of ``dim``.
         attention: one mechanism a layer, called as ``attention(dim=, heads=)``.
-        positions: called as ``positions(columns=, rows=, dim=)``: `Positions` or `SeparatePositions`.
+        positions: called as ``positions(columns=, rows=, dim=)``: `Positions`, `Sinusoidal` or `SeparatePositions`.
         patchout: which patches training leaves out; none unless given.
         dropout: share dropped after the position table, attention and feed-forward.
         eps: of all layer norms.
@@ -219,7 +245,7 @@ class AST(nn.Module):
         self.blocks: Any = nn.ModuleList(block(dropout=dropout, eps=eps) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=eps)
         for part in self.modules():
-            _initialise(part)
+            initialise_part(part)
 
     @property
     def rows(self) -> int:
@@ -279,22 +305,37 @@ class AST(nn.Module):
         if lengths is None:
             lengths = torch.full((len(features),), features.shape[1], device=features.device)
         columns = self.columns(lengths)
-        x = self._embed(features, lengths, columns)
+        x = self.embed(features, lengths)
+        x = x + self.positions(columns, x.shape[1])
         places, kept = x.shape[1], self._kept(x)
         x = x.flatten(1, 2).index_select(1, kept)
-        real = TOKENS + (kept < columns[:, None] * self.rows).sum(1)
+        tokens, x = self.relate(x, (kept < columns[:, None] * self.rows).sum(1), context)
+        return EncoderOutput(self._means(x, kept, places), columns, tokens.mean(1))
+
+    def embed(self, features: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B U Q D"]:
+        """A vector for each patch by itself, without its position."""
+        x = F.pad(keep_valid(features, lengths), (0, 0, 0, max(0, self.patch - features.shape[1])))
+        return self.patches(x[:, None]).permute(0, 2, 3, 1)  # [B, D, U, Q] -> [B, U, Q, D]
+
+    def relate(
+        self,
+        x: Float[Tensor, "B N D"],
+        counts: Int[Tensor, "B"],
+        context: Context = Context(),  # noqa: B008 - frozen
+    ) -> tuple[Float[Tensor, "B 2 D"], Float[Tensor, "B N D"]]:
+        """The two tokens and the patches after all of them have seen each other.
+
+        Args:
+            x: vectors of any patches, with their positions.
+            counts: how many of each utterance's are real, the first ones; `Everything` says that all are.
+        """
         first = torch.stack([self.class_token, self.distillation_token]) + self.positions.tokens
         x = self.dropout(torch.cat([first.expand(len(x), -1, -1), x], dim=1))
-        span = fresh_span(real, context)
+        span = fresh_span(TOKENS + counts, context)
         for block in self.blocks:
             x = block(x, span)
         x = self.norm(x)
-        return EncoderOutput(self._means(x[:, TOKENS:], kept, places), columns, x[:, :TOKENS].mean(1))
-
-    def _embed(self, features: Tensor, lengths: Tensor, columns: Tensor) -> Float[Tensor, "B U Q D"]:
-        x = F.pad(keep_valid(features, lengths), (0, 0, 0, max(0, self.patch - features.shape[1])))
-        x = self.patches(x[:, None]).permute(0, 2, 3, 1)  # [B, D, U, Q] -> [B, U, Q, D]
-        return x + self.positions(columns, x.shape[1])
+        return x[:, :TOKENS], x[:, TOKENS:]
 
     def _kept(self, x: Float[Tensor, "B U Q D"]) -> Int[Tensor, "N"]:
         drawn = self.patchout if self.patchout is not None and self.training else Patchout()
@@ -306,12 +347,14 @@ class AST(nn.Module):
         return (member / member.sum(1, keepdim=True).clamp(min=1)) @ x
 
 
-def _initialise(part: nn.Module) -> None:
+def initialise_part(part: nn.Module) -> None:
     """Vision transformers' initialisation (2012.12877, section 6): truncated normal of 0.02, biases 0."""
     if isinstance(part, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(part.weight, std=0.02)
         if part.bias is not None:
             nn.init.zeros_(part.bias)
-    elif isinstance(part, AST | PatchPositions):
-        for parameter in part.parameters(recurse=False):
+    elif isinstance(part, PatchPositions):
+        part.reset()
+    elif isinstance(part, AST):
+        for parameter in (part.class_token, part.distillation_token):
             nn.init.trunc_normal_(parameter, std=0.02)

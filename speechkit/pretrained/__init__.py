@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer
 from speechkit.layers import shrink
@@ -26,8 +27,10 @@ from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
 from speechkit.text import load_tokenizer
 
+Trained = Recogniser | Tagger | MaskedAutoencoder
 
-def save(model: Recogniser | Tagger, config: Mapping[str, Any], folder: str | Path) -> None:
+
+def save(model: Trained, config: Mapping[str, Any], folder: str | Path) -> None:
     """Write a model folder, all of it or nothing.
 
     It is written beside its place and renamed, so that a full disk or a killed process leaves the earlier one.
@@ -61,7 +64,7 @@ def save(model: Recogniser | Tagger, config: Mapping[str, Any], folder: str | Pa
         shutil.rmtree(draft, ignore_errors=True)
 
 
-Model = Recogniser | Tagger | Conformer | AST
+Model = Trained | Conformer | AST
 
 
 def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
@@ -154,7 +157,7 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _write(model: Recogniser | Tagger, config: Mapping[str, Any], folder: Path) -> None:
+def _write(model: Trained, config: Mapping[str, Any], folder: Path) -> None:
     # A copy each, since safetensors refuses tied weights.
     weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
@@ -197,7 +200,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise _undescribed(folder, error) from error
 
 
-def _described(folder: Path, config: Mapping[str, Any]) -> Recogniser | Tagger:
+def _described(folder: Path, config: Mapping[str, Any]) -> Trained:
     """The model that config and tokenizer describe, with weights that mean nothing yet."""
     try:
         return build_model(config, tokenizer=load_tokenizer(folder) if "objective" in config else None)

@@ -4,6 +4,7 @@
 """
 
 from speechkit.tasks.base import Constant, Noam, Optim, Parts, Position, Task, WarmupCosine, chance
+from speechkit.tasks.pretrain import Pretrain
 from speechkit.tasks.tag import Mixup, Tag
 from speechkit.tasks.transcribe import Transcribe
 
@@ -14,6 +15,7 @@ __all__ = [
     "Optim",
     "Parts",
     "Position",
+    "Pretrain",
     "Tag",
     "Task",
     "Transcribe",
