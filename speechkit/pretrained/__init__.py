@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer
 from speechkit.layers import shrink
-from speechkit.pretrained import ast, nemotron
+from speechkit.pretrained import ast, nemotron, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
@@ -84,7 +84,7 @@ def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
 
 def _of_folder(home: Path) -> Model:
     config = _config(home)
-    for source in (nemotron, ast):
+    for source in (nemotron, ast, wav2vec2):
         if source.describes(config):
             return source.load(home, config)
     model = _described(home, config)
