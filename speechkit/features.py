@@ -206,8 +206,8 @@ class LogMel(nn.Module):
 class CentredMel(LogMel):
     """The filter bank of PaSST (2110.05069): pre-emphasis of the whole signal, Hann window, power, mel, logarithm.
 
-    Frame t covers ``window`` samples around sample ``hop * t``, of ``y[n] = x[n + 1] - 0.97 x[n]``. The original mirrors
-    the recording at both ends; here it begins out of silence and ends with the last whole window, so that the first two
+    Frame t covers a window around sample ``hop * t`` of ``y[n] = x[n + 1] - 0.97 x[n]``. The original mirrors the
+    recording at both ends; here it begins out of silence and ends with the last whole window, so that the first two
     frames of a recording are others, and the last two are left out.
 
     Args:
@@ -407,6 +407,10 @@ class UtteranceNorm(nn.Module):
             "UtteranceNorm must hear whole utterances, because their mean is known at their end, but a stream was "
             "asked for; use StreamingNorm, or whole utterances."
         )
+
+    def stream(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"], state: State) -> NoReturn:
+        """Refused, as `init_state`."""
+        self.init_state(len(frames))
 
 
 class FrontEnd(nn.Module):

@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_are_named_with_all_lists(folder: Path) -> None:
         ({"intermediate_size": 100}, "ValueError: intermediate_size must be a multiple of hidden_size, 32, but is 100"),
         ({"hidden_size": None}, "TypeError: "),
         ({"num_attention_heads": 5}, "ValueError: Softmax.dim must be a multiple of heads, 5, but is 32"),
-        ({"num_mel_bins": 12}, "ValueError: AST.features must be at least a patch, 16, but is 12"),
+        ({"max_length": 12}, "ValueError: AST.frames must be at least a patch, 16, but is 12"),
         ({"num_mel_bins": 64}, "ValueError: preprocessor_config.json must have the 64 num_mel_bins of config.json"),
         ({"id2label": {"0": "a", "1": "b"}}, "ValueError: id2label must name the classes 0 to 6 of the weights"),
     ],

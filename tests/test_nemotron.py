@@ -228,7 +228,7 @@ def test_a_config_that_no_conformer_can_be_is_named(folder: Path, change: dict, 
     edit(lambda config: config.update(change))(folder / "config.json")
     with pytest.raises(ValueError, match=r"must describe a NemotronAsrStreamingEncoder .*; copy it again, or") as error:
         speechkit.load(folder)
-    assert f"no encoder can be built from it ({said}" in str(error.value)
+    assert f"no model can be built from it ({said}" in str(error.value)
 
 
 def test_weights_that_do_not_fit_are_named_as_their_file_calls_them(folder: Path) -> None:

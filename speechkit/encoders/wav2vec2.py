@@ -2,9 +2,9 @@
 
 Three architectures in one, because they differ in little: where the norms are, and how WavLM scores positions.
 
-A clip gives the same alone and in a batch, whatever is in its padding. For that the norm of each channel over time, which
-`Convolutions` of "group" have, is computed from the real frames of each clip; elsewhere it also sees the padding, and a
-clip depends on how much of it there is.
+A clip gives the same alone and in a batch, whatever is in its padding. For that the norm of each channel over time,
+which `Convolutions` of "group" have, is computed from the real frames of each clip; elsewhere it also sees the padding,
+and a clip depends on how much of it there is.
 
 Whole utterances only: the transformer sees all of them.
 """
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from speechkit.attention import ScoreTerm, Softmax, attend
+from speechkit.attention.ring import Ring
 from speechkit.encoders.ast import VisionBlock
 from speechkit.layers import Linear
 from speechkit.stream import Context, Everything, Span, fresh_span, keep_valid
@@ -81,7 +82,7 @@ class Convolutions(nn.Module):
         kind = ChannelNorm if norm == "group" else FrameNorm
         self.norms: Any = nn.ModuleList(kind(dim) for dim in (channels[:1] if norm == "group" else channels))
         for layer in self.layers:
-            nn.init.kaiming_normal_(layer.weight)
+            nn.init.kaiming_normal_(layer.get_parameter("weight"))
 
     def forward(
         self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"] | None
@@ -175,7 +176,9 @@ class GatedDistance(Softmax):
             "GatedDistance must see whole utterances, but a stream was asked for; choose attention=relative to stream."
         )
 
-    def forward(self, x: Float[Tensor, "B U D"], span: Span, state: None = None) -> tuple[Float[Tensor, "B U D"], None]:
+    def forward(
+        self, x: Float[Tensor, "B U D"], span: Span, state: Ring | None = None
+    ) -> tuple[Float[Tensor, "B U D"], None]:
         q, k, v = self._project(x)
         term = _Gated(self._gates(x), self.distances)
         y = attend(q, k, v, span, term=term, dropout=self.dropout if self.training else 0.0)

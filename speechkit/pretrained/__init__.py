@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer
 from speechkit.layers import shrink
-from speechkit.pretrained import ast, nemotron, wav2vec2
+from speechkit.pretrained import ast, foreign, hf, hub, nemotron, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
@@ -64,19 +64,20 @@ def save(model: Recogniser | Tagger, config: Mapping[str, Any], folder: str | Pa
 Model = Recogniser | Tagger | Conformer | AST
 
 
-def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
-    """The model of a folder, on the CPU, ready to use.
+def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool = False) -> Model:
+    """The model of a folder, of a file or of the hub, on the CPU, ready to use.
 
     Args:
-        folder: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers
-            wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder, or for a `speechkit.pretrained.ast`,
-            for a tagger or an encoder; or a ``.pth`` file of AST's original repository, for a tagger.
+        name: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers wrote, here or on the hub
+            (``hf:owner/name``, see `speechkit.pretrained.hub`), for a tagger or an encoder; or a checkpoint of an
+            original repository. docs/pretrained.md lists them.
+        local: take a model of the hub from the local cache.
         weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
-    model = ast.load_original(folder) if Path(folder).suffix in PICKLES else _of_folder(model_folder(folder))
+    model = ast.load_original(name) if Path(name).suffix in PICKLES else _of_folder(model_folder(name, local=local))
     if weights != torch.float32:
         shrink(model, weights)
     return model.eval()
@@ -84,12 +85,19 @@ def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
 
 def _of_folder(home: Path) -> Model:
     config = _config(home)
-    for source in (nemotron, ast, wav2vec2):
-        if source.describes(config):
-            return source.load(home, config)
+    if source := _source(config):
+        return foreign.load(source, home, config)
+    if hf.describes(config):
+        return hf.load(home, config)
     model = _described(home, config)
     fill(model, read(home), home)
     return model
+
+
+def _source(config: Mapping[str, Any]) -> foreign.Source | None:
+    """Who else saved a model with such a config."""
+    sources: tuple[Any, ...] = (nemotron, ast, wav2vec2)
+    return next((source for source in sources if source.describes(config)), None)
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -98,7 +106,12 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: where there is none, or it says nothing of them.
     """
-    config = _config(model_folder(folder))
+    home = model_folder(folder)
+    config = _config(home)
+    if source := _source(config):
+        config = foreign.describe(source, home, config)
+    elif hf.describes(config):
+        config = hf.describe(home, config)
     if "encoder" not in config:
         raise ValueError(
             f"{folder} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
@@ -129,13 +142,15 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     return model
 
 
-def model_folder(folder: str | Path) -> Path:
-    """The folder that `load` reads: the one given, or the model of the run given.
+def model_folder(name: str | Path, *, local: bool = False) -> Path:
+    """The folder that `load` reads: the one given, the model of the run given, or what the hub has by that name.
 
     Raises:
-        ValueError: where neither holds a model.
+        ValueError: where none of them holds a model.
     """
-    folder = Path(folder)
+    if str(name).startswith(hub.PREFIX):
+        return hub.fetch(str(name), local=local)
+    folder = Path(name)
     for home in (folder, folder / "model"):
         for found in (home, _aside(home)):
             if holds_weights(found):

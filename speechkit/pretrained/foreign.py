@@ -10,19 +10,56 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from speechkit import config as configs
-from speechkit.pretrained.weights import CONFIG
+from speechkit.pretrained.weights import CONFIG, read
+from speechkit.tagger import Tagger
 
 EXTRACTOR = "preprocessor_config.json"
 Node = dict[str, Any]
+Weights = Mapping[str, Tensor]
+
+
+class Source(Protocol):
+    """A file of this package: one architecture, or a family, as somebody else saves it in a folder.
+
+    ``WHAT`` says what a folder must describe. `describe` gives the nodes of a tagger where it holds one, else those of
+    features and encoder, and `fill` puts the weights into what was built of them.
+    """
+
+    WHAT: str
+
+    def describes(self, config: Mapping[str, Any]) -> bool: ...
+
+    def describe(self, folder: Path, config: Mapping[str, Any], weights: Weights) -> Node: ...
+
+    def fill(self, model: Any, folder: Path, config: Mapping[str, Any], weights: Weights) -> None: ...
+
+
+def load(source: Source, folder: Path, config: Mapping[str, Any]) -> Any:
+    """The tagger or encoder of a folder.
+
+    Raises:
+        ValueError: where a config asks for what we have not, or the weights do not fit.
+    """
+    weights = read(folder)
+    with _understood(folder, source.WHAT):
+        model = built(source.describe(folder, config, weights))
+    source.fill(model, folder, config, weights)
+    return model
+
+
+def describe(source: Source, folder: Path, config: Mapping[str, Any]) -> Node:
+    """The nodes of a folder's model; raises what `load` raises for a config."""
+    with _understood(folder, source.WHAT):
+        return source.describe(folder, config, read(folder))
 
 
 @contextmanager
-def understood(folder: Path, what: str) -> Iterator[None]:
+def _understood(folder: Path, what: str) -> Iterator[None]:
     """Turn what goes wrong with a config of theirs into a sentence about it."""
     try:
         yield
@@ -98,8 +135,9 @@ def built(described: Node) -> Any:
 
 def parts(model: nn.Module) -> nn.ModuleDict:
     """What of a model has weights in a file of theirs: not the front end."""
-    encoder = getattr(model, "encoder", None)
-    return nn.ModuleDict({"encoder": model} if encoder is None else {"encoder": encoder, "head": model.head})
+    if isinstance(model, Tagger):
+        return nn.ModuleDict({"encoder": model.encoder, "head": model.head})
+    return nn.ModuleDict({"encoder": model})
 
 
 def names(parts: nn.ModuleDict, modules: Mapping[str, str]) -> dict[str, str]:

@@ -24,8 +24,8 @@ from speechkit.encoders.wav2vec2 import Convolutions, Distances, GatedDistance
 from speechkit.features import FrontEnd, Samples, UtteranceNorm
 from speechkit.heads import Mean
 from speechkit.pretrained import foreign
-from speechkit.pretrained.foreign import Node, factory, node
-from speechkit.pretrained.weights import fill, read
+from speechkit.pretrained.foreign import Node, Weights, factory, node
+from speechkit.pretrained.weights import fill as put_all
 
 MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 FIXED = {
@@ -36,6 +36,7 @@ FIXED = {
     "conv_pos_batch_norm": False,
 }
 UNUSED = ("masked_spec_embed", "quantizer.", "project_q.", "project_hid.", "lm_head.")
+WHAT = "a wav2vec 2.0, HuBERT or WavLM model"
 HEARD = 30  # seconds at once
 
 FRONT = {
@@ -84,31 +85,22 @@ def describes(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_TYPES
 
 
-def describe(folder: Path, config: Mapping[str, Any]) -> Node:
-    """The nodes of a folder's model.
+def describe(folder: Path, config: Mapping[str, Any], weights: Weights) -> Node:
+    """The nodes of a model: a tagger's where it has a classifier, else features and encoder."""
+    found: Node = {"features": front_end(foreign.extractor(folder)), "encoder": _encoder(config)}
+    return found | (_head(config, found["features"], weights) if "projector.weight" in weights else {})
+
+
+def fill(model: Any, folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
+    """Put the weights of a model of theirs into ours.
 
     Raises:
-        ValueError: where its config asks for what this model is not.
+        ValueError: where they do not fit.
     """
-    with foreign.understood(folder, "a wav2vec 2.0, HuBERT or WavLM model"):
-        front = front_end(foreign.extractor(folder))
-        found: Node = {"features": front, "encoder": _encoder(config)}
-        return found | (_head(config, front) if _tags(config) else {})
-
-
-def load(folder: Path, config: Mapping[str, Any]) -> Any:
-    """The model of a folder: a tagger where it is for classification, else the encoder.
-
-    Raises:
-        ValueError: where a config asks for what this model is not, or the weights do not fit.
-    """
-    model = foreign.built(describe(folder, config))
-    inside = f"{config['model_type']}."
-    weights = dict(_renamed(name.removeprefix(inside), weight) for name, weight in read(folder).items())
-    parts = foreign.parts(model)
-    kept = {name: weight for name, weight in weights.items() if not name.startswith(UNUSED)}
-    fill(parts, kept, folder, foreign.names(parts, _modules(parts["encoder"])))
-    return model
+    inside, parts = f"{config['model_type']}.", foreign.parts(model)
+    renamed = dict(_renamed(name.removeprefix(inside), weight) for name, weight in weights.items())
+    kept = {name: weight for name, weight in renamed.items() if not name.startswith(UNUSED)}
+    put_all(parts, kept, folder, foreign.names(parts, _modules(parts["encoder"])))
 
 
 def front_end(about: Mapping[str, Any] | None) -> Node | None:
@@ -122,10 +114,6 @@ def front_end(about: Mapping[str, Any] | None) -> Node | None:
     foreign.require(about, {"feature_size": 1, "feature_extractor_type": "Wav2Vec2FeatureExtractor"})
     norm = node(UtteranceNorm) if about["do_normalize"] else None
     return node(FrontEnd, mel=node(Samples, sample_rate=about["sampling_rate"]), norm=norm)
-
-
-def _tags(config: Mapping[str, Any]) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
 def _encoder(config: Mapping[str, Any]) -> Node:
@@ -159,11 +147,11 @@ def _encoder(config: Mapping[str, Any]) -> Node:
     )
 
 
-def _head(config: Mapping[str, Any], front: Node | None) -> Node:
+def _head(config: Mapping[str, Any], front: Node | None, weights: Weights) -> Node:
     foreign.require(config, {"use_weighted_layer_sum": False})
     return {
         "head": factory(Classifier, hidden=config["classifier_proj_size"]),
-        "labels": foreign.labels(config, len(config["id2label"])),
+        "labels": foreign.labels(config, len(weights["classifier.bias"])),
         "frames": HEARD * (16000 if front is None else front["mel"]["sample_rate"]),
         "exclusive": foreign.exclusive(config),
     }
