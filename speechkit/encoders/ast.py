@@ -228,10 +228,10 @@ class AST(nn.Module):
             _initialise(part)
 
     @property
-    def tokens(self) -> Float[Tensor, "2 D"] | Float[Tensor, "1 D"]:
+    def tokens(self) -> Float[Tensor, "_ D"]:
         """What is before the patches."""
-        tokens = [self.class_token] if self.distillation_token is None else [self.class_token, self.distillation_token]
-        return torch.stack(tokens) + self.positions.tokens
+        tokens = [token for token in (self.class_token, self.distillation_token) if token is not None]
+        return torch.stack(tuple(tokens)) + self.positions.tokens
 
     @property
     def rows(self) -> int:

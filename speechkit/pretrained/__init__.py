@@ -1,7 +1,8 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and a tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`.
+what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`,
+`passt`, `audiomae`, `wav2vec2`, and all others of transformers by `hf`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from speechkit.config import build_model, plain
-from speechkit.encoders import AST, Conformer
+from speechkit.encoders import AST, Conformer, Wav2Vec2
 from speechkit.layers import shrink
-from speechkit.pretrained import ast, foreign, hf, hub, nemotron, wav2vec2
+from speechkit.pretrained import ast, audiomae, foreign, hf, hub, nemotron, passt, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
@@ -61,7 +62,7 @@ def save(model: Recogniser | Tagger, config: Mapping[str, Any], folder: str | Pa
         shutil.rmtree(draft, ignore_errors=True)
 
 
-Model = Recogniser | Tagger | Conformer | AST
+Model = Recogniser | Tagger | Conformer | AST | Wav2Vec2 | hf.Transformers
 
 
 def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool = False) -> Model:
@@ -77,7 +78,7 @@ def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
-    model = ast.load_original(name) if Path(name).suffix in PICKLES else _of_folder(model_folder(name, local=local))
+    model = _original(Path(name)).load_original(name) if _is_file(name) else _of_folder(model_folder(name, local=local))
     if weights != torch.float32:
         shrink(model, weights)
     return model.eval()
@@ -100,13 +101,26 @@ def _source(config: Mapping[str, Any]) -> foreign.Source | None:
     return next((source for source in sources if source.describes(config)), None)
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
-    """The nodes ``features`` and ``encoder`` of a model folder: what is to be built for its weights to fit.
+def _is_file(name: str | Path) -> bool:
+    """Whether a name is of a checkpoint of an original repository, and not of a folder or a model on the hub."""
+    return Path(name).suffix in (*PICKLES, ".safetensors") and not str(name).startswith(hub.PREFIX)
+
+
+def _original(path: Path) -> Any:
+    """Whose original repository a file is from."""
+    weights = tensors_of(path)
+    return next((source for source in (passt, audiomae) if source.recognises(weights)), ast)
+
+
+def describe(name: str | Path) -> dict[str, Any]:
+    """The nodes ``features`` and ``encoder`` of whatever `load` loads: what is to be built for its weights to fit.
 
     Raises:
         ValueError: where there is none, or it says nothing of them.
     """
-    home = model_folder(folder)
+    if _is_file(name):
+        return _original(Path(name)).describe_original(Path(name), tensors_of(Path(name)))
+    home = model_folder(name)
     config = _config(home)
     if source := _source(config):
         config = foreign.describe(source, home, config)
@@ -114,7 +128,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         config = hf.describe(home, config)
     if "encoder" not in config:
         raise ValueError(
-            f"{folder} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
+            f"{name} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
             f"yourself with encoder=NAME."
         )
     return {key: config.get(key) for key in ("features", "encoder")}
@@ -123,7 +137,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def of_images(path: str | Path) -> bool:
     """Whether a file holds a vision transformer that was trained on images, to start an AST from."""
     path = Path(path)
-    return path.is_file() and ast.IMAGE_PATCHES in tensors_of(path)
+    return path.is_file() and ast.IMAGE_PATCHES in tensors_of(path) and _original(path) is ast
 
 
 def load_recogniser(folder: str | Path) -> Recogniser:

@@ -52,12 +52,16 @@ QKV = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of theirs for names of ours: tensors and modules before and behind the blocks, and those of a block."""
+    """Names of theirs for names of ours: tensors and modules before and behind the blocks, and those of a block.
+
+    ``by_column`` says that patches go column by column as ours, not row by row.
+    """
 
     front: Mapping[str, str]
     blocks: str
     block: Mapping[str, str]
     head: Mapping[str, str]
+    by_column: bool = False
 
 
 def _front(class_token: str, distillation_token: str, positions: str, patches: str, norm: str) -> dict[str, str]:
@@ -144,7 +148,7 @@ def fill(model: AST | Tagger, folder: Path, config: Mapping[str, Any], weights: 
     if not config["qkv_bias"]:
         weights = _zero_biases(encoder, prefix) | dict(weights)
     names = foreign.names(parts, _modules(encoder, TRANSFORMERS, prefix))
-    put_all(parts, dict(_unpacked(weights, encoder.positions)), folder, names)
+    put_all(parts, dict(_unpacked(weights, encoder.positions, TRANSFORMERS)), folder, names)
 
 
 def load_original(
@@ -169,26 +173,30 @@ def load_original(
         ValueError: where the file is not only tensors, they are of another model, or ``labels`` are too few or many.
     """
     path = Path(path)
-    weights = {name.removeprefix("module."): weight for name, weight in tensors_of(path).items()}
-    kept = {name: weight for name, weight in weights.items() if not name.removeprefix("v.").startswith(IMAGES)}
-    encoder = _shaped(path, kept, "v.", features=features, frames=frames, stride=stride)
-    classes = len(kept.get("mlp_head.1.bias", ()))
-    if labels is not None and len(labels) != classes:
-        raise ValueError(
-            f"{path} must be given a label for each of its {classes} classes, but labels has {len(labels)}; give it "
-            f"those of the data it was trained on."
-        )
-    labels = [str(n) for n in range(classes)] if labels is None else labels
-    front = front_end(mean=mean, std=std, bands=features)
-    tagger = Tagger(features=front, encoder=encoder, labels=labels, frames=frames, filled=True)
-    parts = foreign.parts(tagger)
-    names = foreign.names(parts, _modules(encoder, TIMM, "v."))
-    if faults := put(parts, dict(_unpacked(kept, encoder.positions)), names):
+    kept = _of_sound(tensors_of(path))
+    encoder = shaped(path, kept, "v.", features=features, frames=frames, stride=stride)
+    tagger = foreign.built(
+        {
+            "features": front_node(mean=mean, std=std, bands=features),
+            "encoder": encoder,
+            "head": factory(Summary),
+            "labels": named(path, len(kept.get("mlp_head.1.bias", ())), labels),
+            "frames": frames,
+            "filled": True,
+        }
+    )
+    if faults := put_timm(tagger, kept, TIMM, "v."):
         raise ValueError(
             f"{path} must hold an AST of {frames} frames, {features} mel bands and stride {stride}, but {faults}; "
             f"say the frames, features and stride it was trained with, or load another file."
         )
     return tagger.eval()
+
+
+def describe_original(path: Path, weights: Weights) -> Node:
+    """Features and encoder of a checkpoint of the original repository, of AudioSet's sizes."""
+    encoder = shaped(path, _of_sound(weights), "v.", features=128, frames=1024, stride=10)
+    return {"features": front_node(mean=AUDIOSET["mean"], std=AUDIOSET["std"]), "encoder": encoder}
 
 
 def initialise(encoder: AST, path: str | Path) -> None:
@@ -212,8 +220,7 @@ def initialise(encoder: AST, path: str | Path) -> None:
     sound, image = encoder.positions, Positions(columns=side, rows=side, dim=encoder.dim, tokens=tokens)
     try:
         encoder.positions = image
-        parts = foreign.parts(encoder)
-        faults = put(parts, dict(_unpacked(weights, image)), foreign.names(parts, _modules(encoder, TIMM, "")))
+        faults = put_timm(encoder, weights, TIMM)
     finally:
         encoder.positions = sound
     if faults:
@@ -270,17 +277,40 @@ def _extractor(folder: Path, bands: int) -> Node | None:
     return front_node(sample_rate=about["sampling_rate"], bands=bands, **norm)
 
 
-def _shaped(path: Path, weights: Weights, prefix: str, *, features: int, frames: int, stride: int) -> AST:
-    """An encoder of the width and depth of weights in timm's layout."""
-    patches = weights.get(f"{prefix}patch_embed.proj.weight")
+def _of_sound(weights: Weights) -> dict[str, Tensor]:
+    named = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in named.items() if not name.removeprefix("v.").startswith(IMAGES)}
+
+
+def named(path: Path, classes: int, labels: Sequence[str] | None) -> list[str]:
+    """The labels of a checkpoint that says nothing of them: those given, or numbers.
+
+    Raises:
+        ValueError: where there is not one for each class.
+    """
+    if labels is not None and len(labels) != classes:
+        raise ValueError(
+            f"{path} must be given a label for each of its {classes} classes, but labels has {len(labels)}; give it "
+            f"those of the data it was trained on."
+        )
+    return list(map(str, range(classes))) if labels is None else list(labels)
+
+
+def shaped(path: Path, weights: Weights, prefix: str, *, frames: int, stride: int, **options: Any) -> Node:
+    """An encoder of the width and depth of weights in timm's layout.
+
+    Raises:
+        ValueError: where they are of no such encoder.
+    """
+    patches = weights.get(f"{prefix}{IMAGE_PATCHES}")
     if patches is None or patches.dim() != 4 or len(patches) % HEAD_WIDTH:
         raise ValueError(
             f"{path} must hold an AST of the original repository, but has no {prefix}patch_embed.proj.weight of "
             f"[{HEAD_WIDTH} heads, channels, patch, patch]; load another file."
         )
-    layers = {name.split(".")[2] for name in weights if name.startswith(f"{prefix}blocks.")}
-    return AST(
-        features=features,
+    layers = {name.split(".")[prefix.count(".") + 1] for name in weights if name.startswith(f"{prefix}blocks.")}
+    return node(
+        AST,
         frames=frames,
         dim=len(patches),
         heads=len(patches) // HEAD_WIDTH,
@@ -288,7 +318,16 @@ def _shaped(path: Path, weights: Weights, prefix: str, *, features: int, frames:
         patch=patches.shape[-1],
         stride=stride,
         band_stride=stride,
+        **options,
     )
+
+
+def put_timm(model: Any, weights: Weights, layout: Layout, prefix: str = "") -> str:
+    """Put weights in timm's layout into a model of ours, or say what does not fit."""
+    parts = foreign.parts(model)
+    encoder: Any = parts["encoder"]
+    names = foreign.names(parts, _modules(encoder, layout, prefix))
+    return put(parts, dict(_unpacked(weights, encoder.positions, layout)), names)
 
 
 def _modules(encoder: AST, layout: Layout, prefix: str) -> dict[str, str]:
@@ -300,24 +339,32 @@ def _modules(encoder: AST, layout: Layout, prefix: str) -> dict[str, str]:
     return modules | {f"head.{ours}": theirs for ours, theirs in layout.head.items()}
 
 
-def _unpacked(weights: Weights, positions: Positions) -> Iterator[tuple[str, Tensor]]:
+def _unpacked(weights: Weights, positions: Positions, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Tensors of theirs in the shapes of ours; what is of another size is left for `put` to name."""
-    columns, rows, _ = positions.table.shape
     for name, weight in weights.items():
         module, _, last = name.rpartition(".")
         if last in ("cls_token", "distillation_token", "dist_token"):
             yield name, weight.flatten()
         elif last in ("position_embeddings", "pos_embed"):
             tokens, table = weight.flatten(0, -2).tensor_split([len(positions.tokens)])
-            fits = len(table) == rows * columns
             yield f"{name}[tokens]", tokens
-            yield f"{name}[patches]", table.unflatten(0, (rows, columns)).transpose(0, 1) if fits else table
+            yield f"{name}[patches]", _by_column(table, positions, layout)
         elif module.endswith(".attn.qkv"):
             yield from ((f"{module}[{part}].{last}", third) for part, third in zip(QKV, weight.chunk(3), strict=True))
         elif weight.dim() == 4:
-            yield name, weight.sum(1, keepdim=True).transpose(2, 3)
+            kernel = weight.sum(1, keepdim=True)
+            yield name, kernel if layout.by_column else kernel.transpose(2, 3)
         else:
             yield name, weight
+
+
+def _by_column(table: Tensor, positions: Positions, layout: Layout) -> Tensor:
+    columns, rows, _ = positions.table.shape
+    if len(table) != rows * columns:
+        return table
+    if layout.by_column:
+        return table.unflatten(0, (columns, rows))
+    return table.unflatten(0, (rows, columns)).transpose(0, 1)
 
 
 def _distilled(weights: Weights) -> dict[str, Tensor]:

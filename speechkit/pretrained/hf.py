@@ -4,8 +4,8 @@ What it computes is computed by transformers, features included, which is why it
 its features are part of ours, so a fine-tuned copy needs nothing but its own folder, and the extra ``hf``.
 
 A clip gives the same alone and in a batch: clips of different lengths are encoded one length after the other, since
-many of these architectures hear padding. Of encoder-decoders the encoder is read. In training they neither mask features
-nor leave out layers, as their configs may say.
+many of these architectures hear padding. Of encoder-decoders the encoder is read. In training they neither mask
+features nor leave out layers, as their configs may say.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def _extractor(about: Mapping[str, Any]) -> Any:
             f"feature_extractor_type must be one of transformers' extractors of sound, but is {kind}; copy "
             f"preprocessor_config.json again."
         )
-    return found.from_dict(dict(about))
+    extractor: Any = found
+    return extractor.from_dict(dict(about))
 
 
 def _library() -> ModuleType:

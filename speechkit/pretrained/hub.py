@@ -30,7 +30,7 @@ def fetch(name: str, *, local: bool = False) -> Path:
     match = NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"A model on the hub must be named hf:owner/name or hf:owner/name@revision, but is {name!r}.")
-    folder = _snapshot(name, *match.groups(), local)
+    folder = _snapshot(name, match[1], match[2], local)
     if not holds_weights(folder):
         raise ValueError(
             f"{name} must have its weights as safetensors, but has none; choose a revision that has them (the hub's "
@@ -44,7 +44,7 @@ def _snapshot(name: str, model: str, revision: str | None, local: bool) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES, local_files_only=local))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*FILES], local_files_only=local))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ValueError(
             f"{name} must be a model that the hub has and lets you read, but is not ({type(error).__name__}); check "
