@@ -139,7 +139,7 @@ class Tagger(nn.Module):
         return self.features
 
     def _read(self, audio: Audio, front: FrontEnd) -> Iterator[Float[Tensor, "T F"]]:
-        device, state = next(front.buffers()).device, front.mel.init_state(1)
+        device, state = next(self.head.parameters()).device, front.mel.init_state(1)
         for samples in self._blocks(audio, front.sample_rate):
             lengths = torch.tensor([len(samples)], device=device)
             (frames, counts), state = front.mel.stream(samples[None].to(device), lengths, state)
