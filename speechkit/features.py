@@ -477,9 +477,18 @@ class SpecAugment(nn.Module):
         self.time_masks, self.time_width, self.time_share = time_masks, time_width, time_share
 
     def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B T F"]:
-        """Masked frames while training, and the frames as they are otherwise."""
+        """Masked frames while training, and the frames as they are otherwise.
+
+        Raises:
+            ValueError: for samples, whose one band a mask of frequency would hide altogether.
+        """
         if not self.training:
             return frames
+        if frames.shape[2] == 1:
+            raise ValueError(
+                "SpecAugment must be given a spectrogram, but the features are samples, of one band; set "
+                "task.spec_augment=null, and augment the samples themselves: augment=NAME."
+            )
         bands = torch.full_like(lengths, frames.shape[2])
         widest = (lengths * self.time_share).long().clamp(max=self.time_width)
         hidden = _stripes(frames.shape[2], bands, bands.clamp(max=self.frequency_width), self.frequency_masks)[:, None]

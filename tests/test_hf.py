@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import recipe
 import torch
 from ast_cases import close, randomised
 from safetensors.torch import load_file, save_file
+from test_train import run
 from tiny import sound
 from torch import nn
 
@@ -163,3 +165,29 @@ def test_where_transformers_is_absent_the_sentence_says_what_is_built_in(
     sentence = r"Audio Spectrogram Transformer, wav2vec 2.0, .* are built in, but .*; install it with: pip install 'spe"
     with pytest.raises(ValueError, match=sentence):
         speechkit.load(tmp_path)
+
+
+# Fine-tuned by a config
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("UniSpeech", 16000), ("Wav2Vec2", 16000), ("AST", 96)])
+def test_a_config_without_an_encoder_fine_tunes_that_of_somebody_else(kind: str, frames: int, tmp_path: Path) -> None:
+    other, tags = tmp_path / "other", recipe.write_tags(tmp_path / "tags")
+    if kind == "AST":
+        sizes = {"num_mel_bins": 48, "max_length": 96, "num_labels": 3}
+        model = transformers.ASTForAudioClassification(transformers.ASTConfig(**SIZES, **sizes))
+        heard = transformers.ASTFeatureExtractor(num_mel_bins=48, max_length=96)
+    else:
+        model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**WAVE))
+        heard = transformers.Wav2Vec2FeatureExtractor()
+    randomised(model).save_pretrained(other)
+    heard.save_pretrained(other)
+    lines = [line for line in tags.read_text().splitlines() if "encoder" not in line and "features:" not in line]
+    tags.write_text("\n".join(lines))
+    changes = [f"init={other}", f"model.frames={frames}", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+    folder = run(tags, "tuned", *changes, "optim=constant", "optim.optimizer.lr=1e-5", "data.batch=2")
+    given, tuned = speechkit.load(other), speechkit.load(folder)
+    before, after = getattr(given, "encoder", given).parameters(), tuned.encoder.parameters()
+    moved = [float((p - q).detach().abs().max()) for p, q in zip(before, after, strict=True)]
+    assert 0 < max(moved) < 1e-4, "it begins with their weights"
+    assert len(tuned.tag(sound(1.7))) == 4
