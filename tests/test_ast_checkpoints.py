@@ -23,7 +23,7 @@ from speechkit import features
 from speechkit.encoders import AST
 from speechkit.encoders.ast import SeparatePositions
 from speechkit.features import LogMel
-from speechkit.pretrained import load_recogniser
+from speechkit.pretrained import describe, load_recogniser, save
 from speechkit.pretrained.ast import initialise, load_original
 from speechkit.tagger import Tag, Tagger
 
@@ -233,6 +233,15 @@ def test_what_is_no_recording_is_named(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"must have a front end .* but its folder had no preprocessor_config.json"):
         speechkit.load(folder).tag(sound(1.0))
+
+
+@torch.no_grad()
+def test_a_copy_is_saved_and_loaded_without_the_original(folder: Path, tmp_path: Path) -> None:
+    tagger, head = speechkit.load(folder), {"_target_": "speechkit.heads.Summary", "_partial_": True, "eps": 1e-12}
+    node = describe(folder) | {"head": head, "labels": [*tagger.labels], "frames": tagger.frames, "filled": True}
+    save(tagger, node, tmp_path / "copy")
+    copy, clip = speechkit.load(tmp_path / "copy"), sound(0.7)
+    close(copy.scores(clip), tagger.scores(clip), 0.0)
 
 
 # Folders that do not fit

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ast_cases import close, randomised
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tiny import sound
 from torch import Tensor, nn
@@ -262,6 +263,24 @@ def test_what_it_cannot_do_is_said() -> None:
         tiny()(torch.zeros(1, 100, 80))
     with pytest.raises(ValueError, match=r"as many channels as kernels and strides, but have 2, 1 and 2; list one"):
         Convolutions(channels=[8, 8], kernels=[3], strides=[2, 2])
+
+
+def test_a_tagger_of_samples_is_not_given_the_frames_of_spectrograms() -> None:
+    front = FrontEnd(mel=Samples(), norm=UtteranceNorm())
+    with pytest.raises(
+        ValueError, match=r"1024 are 0.064 s, since each is 1 samples; for 10 s set model.frames=160000"
+    ):
+        Tagger(features=front, encoder=tiny(), labels=["a"], frames=1024, head=Mean)
+
+
+def test_the_base_size_of_the_catalogue_has_as_many_weights_as_published() -> None:
+    """94.37 M, of which the mask of pretraining, one vector, is left out (2006.11477, and transformers' default)."""
+    node = OmegaConf.load(configs.catalogue() / "encoder" / "wav2vec2_base.yaml")
+    with torch.device("meta"):
+        ours = configs.build(node, "model.encoder")
+        other = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config())
+    count = sum(p.numel() for p in ours.parameters())
+    assert count == sum(p.numel() for p in other.parameters()) - 768 == 94_370_944
 
 
 # Folders that do not fit
