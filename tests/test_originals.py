@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio.compliance.kaldi as kaldi
 from ast_cases import close, spectrogram
+from safetensors.torch import save_file
 from tiny import sound
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from speechkit import features, pretrained
 from speechkit.encoders import AST
 from speechkit.features import CentredMel
 from speechkit.pretrained import audiomae, of_images, passt
+from speechkit.pretrained.ast import initialise
 
 DIM, LAYERS = 128, 2
 Weights = dict[str, Tensor]
@@ -168,6 +170,20 @@ def test_a_fine_tuned_audio_mae_gives_the_logits_of_its_paper(tmp_path: Path) ->
     pooled = normed(mae_patches(x, w)[:, 1:].mean(1), w, "fc_norm")
     close(tagger.logits(x), (pooled @ w["head.weight"].T + w["head.bias"]).float())
     assert len(tagger.tag(sound(1.0))) == 5 and not of_images(path)
+
+
+@torch.no_grad()
+def test_an_encoder_of_one_token_takes_other_sizes_and_starts_from_images(tmp_path: Path) -> None:
+    torch.save(mae_weights(norm=(DIM,)), tmp_path / "pretrained.pth")
+    encoder = speechkit.load(tmp_path / "pretrained.pth")
+    encoder.resize(features=64, frames=320)
+    assert encoder.positions.tokens.shape == (1, DIM) and encoder(spectrogram(1, 320, 64)).frames.shape == (1, 20, DIM)
+    images = mae_weights(columns=2, norm=(DIM,)) | {"patch_embed.proj.weight": torch.randn(DIM, 3, 16, 16)}
+    save_file(images, tmp_path / "vit.safetensors")
+    assert of_images(tmp_path / "vit.safetensors")
+    initialise(encoder, tmp_path / "vit.safetensors")
+    close(encoder.positions.tokens, images["pos_embed"][0, :1])
+    close(encoder.class_token, images["cls_token"][0, 0])
 
 
 # Both

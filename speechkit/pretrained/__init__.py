@@ -102,8 +102,11 @@ def _source(config: Mapping[str, Any]) -> foreign.Source | None:
 
 
 def _is_file(name: str | Path) -> bool:
-    """Whether a name is of a checkpoint of an original repository, and not of a folder or a model on the hub."""
-    return Path(name).suffix in (*PICKLES, ".safetensors") and not str(name).startswith(hub.PREFIX)
+    """Whether a name is of a checkpoint of an original repository: not of a folder, of its weights, or of the hub."""
+    if str(name).startswith(hub.PREFIX) or Path(name).is_dir():
+        return False
+    alone = not Path(name).with_name(CONFIG).is_file()
+    return Path(name).suffix in PICKLES or (alone and Path(name).suffix == ".safetensors")
 
 
 def _original(path: Path) -> Any:
