@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from speechkit.attention import Softmax, attend
 from speechkit.encoders import AST
-from speechkit.encoders.ast import TOKENS
 from speechkit.heads import Summary
 from speechkit.recogniser import evaluating
 from speechkit.tagger import Piece, Tagger
@@ -36,7 +35,7 @@ def explain(tagger: Tagger, piece: Piece) -> tuple[str, Float[Tensor, "T F"]]:
 def rollout(
     encoder: AST, features: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"] | None = None
 ) -> Float[Tensor, "B U Q"]:
-    """Attention rollout (2005.00928, equation 1) of the class and distillation token, on columns and rows of patches.
+    """Attention rollout (2005.00928, equation 1) of the tokens, on columns and rows of patches.
 
     Each layer passes on half of what a token is (the residual) and half of what its heads, on average, attend to; the
     product over layers is how much of each patch ends up in the tokens. They keep the rest of 1 for themselves.
@@ -46,7 +45,8 @@ def rollout(
     rolled = torch.eye(layers[0].shape[-1], device=features.device)
     for weights in layers:
         rolled = (weights @ rolled + rolled) / 2
-    patches = rolled[:, :TOKENS, TOKENS:].mean(1)
+    tokens = len(encoder.tokens)
+    patches = rolled[:, :tokens, tokens:].mean(1)
     return patches[:, : columns * encoder.rows].unflatten(1, (columns, encoder.rows))
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -203,6 +203,53 @@ class LogMel(nn.Module):
         return (power @ self.mel).clamp(min=self.floor).log()
 
 
+class CentredMel(LogMel):
+    """The filter bank of PaSST (2110.05069): pre-emphasis of the whole signal, Hann window, power, mel, logarithm.
+
+    Frame t covers a window around sample ``hop * t`` of ``y[n] = x[n + 1] - 0.97 x[n]``. The original mirrors the
+    recording at both ends; here it begins out of silence and ends with the last whole window, so that the first two
+    frames of a recording are others, and the last two are left out.
+
+    Args:
+        sample_rate: in Hz.
+        bands: mel bands, the F of the frames.
+        window_seconds, hop_seconds: length and distance of the frames.
+        low_hz, high_hz: edges of the lowest and the highest triangle.
+        offset: added to the energy of a band before its logarithm.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int = 32000,
+        bands: int = 128,
+        window_seconds: Seconds = 0.025,
+        hop_seconds: Seconds = 0.010,
+        low_hz: float = 0.0,
+        high_hz: float = 15000.0,
+        offset: float = 1e-5,
+    ) -> None:
+        super().__init__(
+            sample_rate=sample_rate,
+            bands=bands,
+            window_seconds=window_seconds,
+            hop_seconds=hop_seconds,
+            low_hz=low_hz,
+            high_hz=high_hz,
+            scale=1.0,
+            floor=offset,
+            hann_power=1.0,
+            float32_tables=True,
+        )
+        self.before, self.window = self.window // 2, self.window + 1  # a difference takes one sample more
+
+    def _log_mel(self, windows: Float[Tensor, "B T W"]) -> Float[Tensor, "B T F"]:
+        x = windows[..., 1:] - PREEMPHASIS * windows[..., :-1]
+        spectrum = torch.fft.rfft(x * self.taper, n=self.fft)
+        power = spectrum.real.square() + spectrum.imag.square()
+        return (power @ self.mel + self.floor).log()
+
+
 class GlobalNorm(nn.Module):
     """Every band minus its mean, divided by its standard deviation, both measured once on training data by `fit`.
 
@@ -301,15 +348,80 @@ class StreamingNorm(GlobalNorm):
         return FeatureOutput(keep_valid((z - mean) / std, lengths), lengths), state
 
 
+class Samples(nn.Module):
+    """The samples themselves as feature frames of one number each, for encoders that begin with a waveform.
+
+    It stands where a filter bank does, and streams as one does.
+
+    Args:
+        sample_rate: in Hz.
+    """
+
+    dim = hop = window = 1
+
+    def __init__(self, *, sample_rate: int = 16000) -> None:
+        super().__init__()
+        self.sample_rate = sample_rate
+
+    def forward(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
+        """Whole recordings, of which the first ``lengths`` samples are real: ``[B, N, 1]``."""
+        return FeatureOutput(keep_valid(samples, lengths)[..., None], lengths)
+
+    def init_state(self, batch: int) -> State:
+        """Nothing."""
+        return ()
+
+    def stream(
+        self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"], state: State
+    ) -> tuple[FeatureOutput, State]:
+        """The next samples of each stream."""
+        return self(samples, lengths), state
+
+
+class UtteranceNorm(nn.Module):
+    """Each utterance minus its own mean, divided by its own deviation, band by band (wav2vec 2.0, 2006.11477).
+
+    Args:
+        dim: bands.
+        eps: added to the variance.
+    """
+
+    def __init__(self, *, dim: int = 1, eps: float = 1e-7) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
+        """Whole recordings, of which the first ``lengths`` frames are real."""
+        count = lengths.clamp(min=1)[:, None, None]
+        away = keep_valid(frames - keep_valid(frames, lengths).sum(1, keepdim=True) / count, lengths)
+        variance = away.square().sum(1, keepdim=True) / count
+        return FeatureOutput(away / (variance + self.eps).sqrt(), lengths)
+
+    def init_state(self, batch: int) -> NoReturn:
+        """Refused: the mean is known when the utterance is over.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "UtteranceNorm must hear whole utterances, because their mean is known at their end, but a stream was "
+            "asked for; use StreamingNorm, or whole utterances."
+        )
+
+    def stream(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"], state: State) -> NoReturn:
+        """Refused, as `init_state`."""
+        self.init_state(len(frames))
+
+
 class FrontEnd(nn.Module):
     """Filter bank and normalisation: what a recogniser has between samples and encoder.
 
     Args:
-        mel: the filter bank.
-        norm: `GlobalNorm` or `StreamingNorm`; ``None`` leaves the frames as they are.
+        mel: the filter bank, `LogMel` or `CentredMel`; or `Samples`.
+        norm: `GlobalNorm`, `StreamingNorm` or `UtteranceNorm`; ``None`` leaves the frames as they are.
     """
 
-    def __init__(self, *, mel: LogMel, norm: GlobalNorm | None = None) -> None:
+    def __init__(self, *, mel: LogMel | Samples, norm: GlobalNorm | UtteranceNorm | None = None) -> None:
         super().__init__()
         if norm is not None and norm.dim != mel.dim:
             raise ValueError(f"FrontEnd.norm must have the {mel.dim} bands of mel, but has {norm.dim}; set its dim.")
@@ -365,9 +477,18 @@ class SpecAugment(nn.Module):
         self.time_masks, self.time_width, self.time_share = time_masks, time_width, time_share
 
     def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B T F"]:
-        """Masked frames while training, and the frames as they are otherwise."""
+        """Masked frames while training, and the frames as they are otherwise.
+
+        Raises:
+            ValueError: for samples, whose one band a mask of frequency would hide altogether.
+        """
         if not self.training:
             return frames
+        if frames.shape[2] == 1:
+            raise ValueError(
+                "SpecAugment must be given a spectrogram, but the features are samples, of one band; set "
+                "task.spec_augment=null, and augment the samples themselves: augment=NAME."
+            )
         bands = torch.full_like(lengths, frames.shape[2])
         widest = (lengths * self.time_share).long().clamp(max=self.time_width)
         hidden = _stripes(frames.shape[2], bands, bands.clamp(max=self.frequency_width), self.frequency_masks)[:, None]

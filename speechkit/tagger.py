@@ -18,6 +18,7 @@ from speechkit.recogniser import Audio, evaluating, samples_of
 from speechkit.stream import ceil_div, keep_valid
 from speechkit.types import EncoderOutput, Event, FeatureOutput, Seconds
 
+SHORTEST: Seconds = 0.1  # that can be heard at once: less is a count of spectra where the features are samples
 BLOCK: Seconds = 10.0  # of a file, read at once
 
 
@@ -69,6 +70,12 @@ class Tagger(nn.Module):
         super().__init__()
         if not labels:
             raise ValueError("Tagger.labels must name at least one class, but is empty; list the names of the classes.")
+        if features is not None and frames * features.hop < SHORTEST * features.sample_rate:
+            raise ValueError(
+                f"Tagger.frames must be at least {SHORTEST:g} s of features, but {frames} are "
+                f"{frames * features.hop / features.sample_rate:.3g} s, since each is {features.hop} samples; for 10 s "
+                f"set model.frames={10 * features.sample_rate // features.hop}."
+            )
         self.features, self.encoder = features, encoder
         self.labels, self.frames, self.exclusive, self.filled = tuple(labels), frames, exclusive, filled
         self.head = head(dim=self.encoder.dim, classes=len(labels))
@@ -226,7 +233,7 @@ class Tagger(nn.Module):
         return self.features
 
     def _read(self, audio: Audio, front: FrontEnd) -> Iterator[Float[Tensor, "T F"]]:
-        device, state = next(front.buffers()).device, front.mel.init_state(1)
+        device, state = next(self.head.parameters()).device, front.mel.init_state(1)
         for samples in self._blocks(audio, front.sample_rate):
             lengths = torch.tensor([len(samples)], device=device)
             (frames, counts), state = front.mel.stream(samples[None].to(device), lengths, state)

@@ -23,7 +23,7 @@ from speechkit import features
 from speechkit.encoders import AST
 from speechkit.encoders.ast import SeparatePositions
 from speechkit.features import LogMel
-from speechkit.pretrained import load_recogniser
+from speechkit.pretrained import describe, load_recogniser, save
 from speechkit.pretrained.ast import initialise, load_original
 from speechkit.tagger import Tag, Tagger
 
@@ -235,6 +235,15 @@ def test_what_is_no_recording_is_named(folder: Path) -> None:
         speechkit.load(folder).tag(sound(1.0))
 
 
+@torch.no_grad()
+def test_a_copy_is_saved_and_loaded_without_the_original(folder: Path, tmp_path: Path) -> None:
+    tagger, head = speechkit.load(folder), {"_target_": "speechkit.heads.Summary", "_partial_": True, "eps": 1e-12}
+    node = describe(folder) | {"head": head, "labels": [*tagger.labels], "frames": tagger.frames, "filled": True}
+    save(tagger, node, tmp_path / "copy")
+    copy, clip = speechkit.load(tmp_path / "copy"), sound(0.7)
+    close(copy.scores(clip), tagger.scores(clip), 0.0)
+
+
 # Folders that do not fit
 
 
@@ -261,7 +270,7 @@ def test_weights_that_do_not_fit_are_named_with_all_lists(folder: Path) -> None:
         ({"intermediate_size": 100}, "ValueError: intermediate_size must be a multiple of hidden_size, 32, but is 100"),
         ({"hidden_size": None}, "TypeError: "),
         ({"num_attention_heads": 5}, "ValueError: Softmax.dim must be a multiple of heads, 5, but is 32"),
-        ({"num_mel_bins": 12}, "ValueError: AST.features must be at least a patch, 16, but is 12"),
+        ({"max_length": 12}, "ValueError: AST.frames must be at least a patch, 16, but is 12"),
         ({"num_mel_bins": 64}, "ValueError: preprocessor_config.json must have the 64 num_mel_bins of config.json"),
         ({"id2label": {"0": "a", "1": "b"}}, "ValueError: id2label must name the classes 0 to 6 of the weights"),
     ],

@@ -45,6 +45,7 @@ DOORS = {
     "speechkit_kernels": {"kernels"},
     "safetensors": {"pretrained"},
     "huggingface_hub": {"pretrained"},
+    "transformers": {"pretrained"},
     "jiwer": {"metrics"},
     "torchmetrics": {"metrics"},
     "rich": {"app"},
@@ -115,13 +116,17 @@ def test_nothing_but_training_needs_lightning() -> None:
     assert found <= allowed
 
 
+def test_nothing_but_the_adapter_needs_transformers() -> None:
+    assert {file for file, _, name in IMPORTS if name.startswith("transformers")} == {PACKAGE / "pretrained/hf.py"}
+
+
 def test_nothing_but_the_server_needs_a_web_framework() -> None:
     libraries = ("starlette", "uvicorn", "websockets")
     assert {str(file.parent) for file, _, name in IMPORTS if name.startswith(libraries)} == {str(PACKAGE / "app/serve")}
 
 
 @pytest.mark.parametrize(
-    "heavy", ["torchaudio", "lhotse", "lightning", "hydra", "matplotlib", "librosa", "rich", "jiwer"]
+    "heavy", ["torchaudio", "lhotse", "lightning", "hydra", "matplotlib", "librosa", "rich", "jiwer", "transformers"]
 )
 def test_import_of_the_package_is_light(heavy: str, light: set[str]) -> None:
     assert heavy not in light

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import speechkit
+from speechkit.config import build
 from speechkit.encoders import Conformer, StreamingEncoder
-from speechkit.pretrained import load_recogniser
+from speechkit.pretrained import describe, load_recogniser
 from speechkit.pretrained.nemotron import context
 from speechkit.stream import Context
 from speechkit.testing import verify_stream
@@ -228,7 +229,7 @@ def test_a_config_that_no_conformer_can_be_is_named(folder: Path, change: dict, 
     edit(lambda config: config.update(change))(folder / "config.json")
     with pytest.raises(ValueError, match=r"must describe a NemotronAsrStreamingEncoder .*; copy it again, or") as error:
         speechkit.load(folder)
-    assert f"no encoder can be built from it ({said}" in str(error.value)
+    assert f"no model can be built from it ({said}" in str(error.value)
 
 
 def test_weights_that_do_not_fit_are_named_as_their_file_calls_them(folder: Path) -> None:
@@ -243,6 +244,15 @@ def test_weights_that_do_not_fit_are_named_as_their_file_calls_them(folder: Path
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         speechkit.load(folder)
+
+
+def test_its_nodes_build_an_encoder_for_its_weights(folder: Path) -> None:
+    encoder, built = speechkit.load(folder), build(describe(folder)["encoder"])
+    built.load_state_dict(encoder.state_dict())
+    x = torch.randn(1, 64, 16)
+    with torch.no_grad():
+        close("the copy", built.eval()(x, torch.tensor([64])).frames, encoder(x, torch.tensor([64])).frames)
+    assert built.context == encoder.context
 
 
 class Bomb:
@@ -274,5 +284,7 @@ def test_an_index_that_lists_what_is_not_there_is_named(folder: Path) -> None:
 
 def test_a_model_of_another_kind_is_refused(folder: Path) -> None:
     edit(lambda config: config.update(model_type="wav2vec2"))(folder / "config.json")
-    with pytest.raises(ValueError, match=r"config.json must be what save\(\) wrote, but no model can be built from it"):
+    with pytest.raises(
+        ValueError, match=r"config.json must describe a wav2vec 2.0, HuBERT or WavLM model as transform"
+    ):
         speechkit.load(folder)

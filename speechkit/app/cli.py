@@ -29,6 +29,8 @@ A model is a run (runs/demo) or a model folder (runs/demo/model)."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and say its exit status."""
     options = _parser().parse_args(argv)
+    if options.__dict__.pop("local", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library of the hub is first imported, for the first model
     debug = options.__dict__.pop("debug", False) or bool(os.environ.get("SPEECHKIT_DEBUG"))
     run = options.__dict__.pop("run")
     try:
@@ -49,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show where in the code an error was raised"
+    )
+    common.add_argument(
+        "--local", action="store_true", default=argparse.SUPPRESS, help="take models of the hub from the local cache"
     )
     parser = argparse.ArgumentParser(
         prog="speechkit",

@@ -11,6 +11,7 @@ from speechkit.encoders.ast import AST
 from speechkit.encoders.chunked import ChunkedEncoder
 from speechkit.encoders.conformer import Conformer
 from speechkit.encoders.squeezeformer import Squeezeformer
+from speechkit.encoders.wav2vec2 import Wav2Vec2
 from speechkit.stream import Context, State
 from speechkit.types import EncoderOutput
 
@@ -53,4 +54,4 @@ class StreamingEncoder(Protocol):
     ) -> tuple[EncoderOutput, State]: ...
 
 
-__all__ = ["AST", "AudioEncoder", "ChunkedEncoder", "Conformer", "Squeezeformer", "StreamingEncoder"]
+__all__ = ["AST", "AudioEncoder", "ChunkedEncoder", "Conformer", "Squeezeformer", "StreamingEncoder", "Wav2Vec2"]

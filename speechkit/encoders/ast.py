@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +43,16 @@ def stretch(wanted: Int[Tensor, "B"], places: int, size: int) -> Float[Tensor, "
 
 
 class PatchPositions(nn.Module):
-    """A learned vector for each patch and for each of the two tokens; a subclass says how those of patches are kept.
+    """A learned vector for each patch and for each of the tokens; a subclass says how those of patches are kept.
 
     Args:
         columns, rows: patches in time and in frequency that there are vectors for. Utterances may have other columns.
+        tokens: how many there are before the patches.
     """
 
-    def __init__(self, *, columns: int, rows: int, dim: int) -> None:
+    def __init__(self, *, columns: int, rows: int, dim: int, tokens: int = TOKENS) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.zeros(TOKENS, dim))
+        self.tokens = nn.Parameter(torch.zeros(tokens, dim))
 
     @abstractmethod
     def grid(self) -> Float[Tensor, "P Q D"]:
@@ -75,8 +76,8 @@ class PatchPositions(nn.Module):
 class Positions(PatchPositions):
     """One table of all patches (AST)."""
 
-    def __init__(self, *, columns: int, rows: int, dim: int) -> None:
-        super().__init__(columns=columns, rows=rows, dim=dim)
+    def __init__(self, *, columns: int, rows: int, dim: int, tokens: int = TOKENS) -> None:
+        super().__init__(columns=columns, rows=rows, dim=dim, tokens=tokens)
         self.table = nn.Parameter(torch.zeros(columns, rows, dim))
 
     def grid(self) -> Float[Tensor, "P Q D"]:
@@ -112,8 +113,8 @@ def sinusoids(columns: int, rows: int, dim: int, device: torch.device | None = N
 class SeparatePositions(PatchPositions):
     """A vector for each column plus one for each row (PaSST, 2110.05069)."""
 
-    def __init__(self, *, columns: int, rows: int, dim: int) -> None:
-        super().__init__(columns=columns, rows=rows, dim=dim)
+    def __init__(self, *, columns: int, rows: int, dim: int, tokens: int = TOKENS) -> None:
+        super().__init__(columns=columns, rows=rows, dim=dim, tokens=tokens)
         self.time = nn.Parameter(torch.zeros(columns, dim))
         self.frequency = nn.Parameter(torch.zeros(rows, dim))
 
@@ -194,7 +195,7 @@ class AST(nn.Module):
     An utterance has as many columns of patches as fit into its features whole, and at least one, filled up with zeros.
     ``frames`` of what it gives are the means of these columns over frequency, one for every ``stride`` features: each
     has its place in time, as the frames of every encoder have, and a row of single patches would not. ``summary`` is
-    the mean of class and distillation token, which is what the original classifies.
+    the mean of the tokens, which is what the original classifies.
 
     Args:
         features: mel bands of a feature frame.
@@ -203,8 +204,11 @@ class AST(nn.Module):
         patch: feature frames, and bands, that a patch spans.
         stride, band_stride: feature frames, and bands, from one patch to the next.
         expansion: width of a feed-forward in units of ``dim``.
+        tokens: 2 are DeiT's class and distillation token, 1 is ViT's class token.
+        normed: whether the last block is followed by a layer norm; where it is not, the head's own is the only one.
         attention: one mechanism a layer, called as ``attention(dim=, heads=)``.
-        positions: called as ``positions(columns=, rows=, dim=)``: `Positions`, `Sinusoidal` or `SeparatePositions`.
+        positions: called as ``positions(columns=, rows=, dim=, tokens=)``: `Positions`, `Sinusoidal` or
+            `SeparatePositions`.
         patchout: which patches training leaves out; none unless given.
         dropout: share dropped after the position table, attention and feed-forward.
         eps: of all layer norms.
@@ -225,6 +229,8 @@ class AST(nn.Module):
         stride: int = 10,
         band_stride: int = 10,
         expansion: int = 4,
+        tokens: Literal[1, 2] = 2,
+        normed: bool = True,
         attention: Callable = Softmax,
         positions: Callable = Positions,
         patchout: Patchout | None = None,
@@ -237,15 +243,22 @@ class AST(nn.Module):
                 raise ValueError(f"AST.{name} must be at least a patch, {patch}, but is {size}; lower patch.")
         self.features, self.dim, self.patch, self.stride, self.band_stride = features, dim, patch, stride, band_stride
         self.patchout = patchout
-        self.class_token, self.distillation_token = (nn.Parameter(torch.zeros(dim)) for _ in range(TOKENS))
+        self.class_token = nn.Parameter(torch.zeros(dim))
+        self.distillation_token = nn.Parameter(torch.zeros(dim)) if tokens == TOKENS else None
         self.patches = nn.Conv2d(1, dim, patch, stride=(stride, band_stride))
-        self.positions = positions(columns=(frames - patch) // stride + 1, rows=self.rows, dim=dim)
+        self.positions = positions(columns=(frames - patch) // stride + 1, rows=self.rows, dim=dim, tokens=tokens)
         self.dropout = nn.Dropout(dropout)
         block = partial(VisionBlock, dim=dim, heads=heads, expansion=expansion, attention=attention)
         self.blocks: Any = nn.ModuleList(block(dropout=dropout, eps=eps) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.LayerNorm(dim, eps=eps) if normed else nn.Identity()
         for part in self.modules():
             initialise_part(part)
+
+    @property
+    def tokens(self) -> Float[Tensor, "_ D"]:
+        """What is before the patches."""
+        tokens = [token for token in (self.class_token, self.distillation_token) if token is not None]
+        return torch.stack(tuple(tokens)) + self.positions.tokens
 
     @property
     def rows(self) -> int:
@@ -269,7 +282,7 @@ class AST(nn.Module):
             )
         self.features = features
         positions = type(self.positions)(
-            columns=(frames - self.patch) // self.stride + 1, rows=self.rows, dim=self.dim
+            columns=(frames - self.patch) // self.stride + 1, rows=self.rows, dim=self.dim, tokens=len(self.tokens)
         ).to(self.positions.tokens)
         positions.adopt(self.positions)
         self.positions = positions
@@ -322,20 +335,20 @@ class AST(nn.Module):
         x: Float[Tensor, "B N D"],
         counts: Int[Tensor, "B"],
         context: Context = Context(),  # noqa: B008 - frozen
-    ) -> tuple[Float[Tensor, "B 2 D"], Float[Tensor, "B N D"]]:
-        """The two tokens and the patches after all of them have seen each other.
+    ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B N D"]]:
+        """The tokens and the patches after all of them have seen each other.
 
         Args:
             x: vectors of any patches, with their positions.
             counts: how many of each utterance's are real, the first ones; `Everything` says that all are.
         """
-        first = torch.stack([self.class_token, self.distillation_token]) + self.positions.tokens
+        first = self.tokens
         x = self.dropout(torch.cat([first.expand(len(x), -1, -1), x], dim=1))
-        span = fresh_span(TOKENS + counts, context)
+        span = fresh_span(len(first) + counts, context)
         for block in self.blocks:
             x = block(x, span)
         x = self.norm(x)
-        return x[:, :TOKENS], x[:, TOKENS:]
+        return x[:, : len(first)], x[:, len(first) :]
 
     def _kept(self, x: Float[Tensor, "B U Q D"]) -> Int[Tensor, "N"]:
         drawn = self.patchout if self.patchout is not None and self.training else Patchout()
@@ -356,5 +369,5 @@ def initialise_part(part: nn.Module) -> None:
     elif isinstance(part, PatchPositions):
         part.reset()
     elif isinstance(part, AST):
-        for parameter in (part.class_token, part.distillation_token):
+        for parameter in part.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)

@@ -1,7 +1,8 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and a tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`.
+what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`,
+`passt`, `audiomae`, `wav2vec2`, and all others of transformers by `hf`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from safetensors.torch import save_file
 
 from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.config import build_model, plain
-from speechkit.encoders import AST, Conformer
+from speechkit.encoders import AST, Conformer, Wav2Vec2
 from speechkit.layers import shrink
-from speechkit.pretrained import ast, nemotron
+from speechkit.pretrained import ast, audiomae, foreign, hf, hub, nemotron, passt, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
@@ -64,22 +65,23 @@ def save(model: Trained, config: Mapping[str, Any], folder: str | Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-Model = Trained | Conformer | AST
+Model = Trained | Conformer | AST | Wav2Vec2 | hf.Transformers
 
 
-def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
-    """The model of a folder, on the CPU, ready to use.
+def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool = False) -> Model:
+    """The model of a folder, of a file or of the hub, on the CPU, ready to use.
 
     Args:
-        folder: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers
-            wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder, or for a `speechkit.pretrained.ast`,
-            for a tagger or an encoder; or a ``.pth`` file of AST's original repository, for a tagger.
+        name: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers wrote, here or on the hub
+            (``hf:owner/name``, see `speechkit.pretrained.hub`), for a tagger or an encoder; or a checkpoint of an
+            original repository. docs/pretrained.md lists them.
+        local: take a model of the hub from the local cache.
         weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
 
     Raises:
         ValueError: where there is none, where a file is damaged or a pickle, or where the weights are of another model.
     """
-    model = ast.load_original(folder) if Path(folder).suffix in PICKLES else _of_folder(model_folder(folder))
+    model = _original(Path(name)).load_original(name) if _is_file(name) else _of_folder(model_folder(name, local=local))
     if weights != torch.float32:
         shrink(model, weights)
     return model.eval()
@@ -87,24 +89,52 @@ def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
 
 def _of_folder(home: Path) -> Model:
     config = _config(home)
-    for source in (nemotron, ast):
-        if source.describes(config):
-            return source.load(home, config)
+    if source := _source(config):
+        return foreign.load(source, home, config)
+    if hf.describes(config):
+        return hf.load(home, config)
     model = _described(home, config)
     fill(model, read(home), home)
     return model
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
-    """The nodes ``features`` and ``encoder`` of a model folder: what is to be built for its weights to fit.
+def _source(config: Mapping[str, Any]) -> foreign.Source | None:
+    """Who else saved a model with such a config."""
+    sources: tuple[Any, ...] = (nemotron, ast, wav2vec2)
+    return next((source for source in sources if source.describes(config)), None)
+
+
+def _is_file(name: str | Path) -> bool:
+    """Whether a name is of a checkpoint of an original repository: not of a folder, of its weights, or of the hub."""
+    if str(name).startswith(hub.PREFIX) or Path(name).is_dir():
+        return False
+    alone = not Path(name).with_name(CONFIG).is_file()
+    return Path(name).suffix in PICKLES or (alone and Path(name).suffix == ".safetensors")
+
+
+def _original(path: Path) -> Any:
+    """Whose original repository a file is from."""
+    weights = tensors_of(path)
+    return next((source for source in (passt, audiomae) if source.recognises(weights)), ast)
+
+
+def describe(name: str | Path) -> dict[str, Any]:
+    """The nodes ``features`` and ``encoder`` of whatever `load` loads: what is to be built for its weights to fit.
 
     Raises:
         ValueError: where there is none, or it says nothing of them.
     """
-    config = _config(model_folder(folder))
+    if _is_file(name):
+        return _original(Path(name)).describe_original(Path(name), tensors_of(Path(name)))
+    home = model_folder(name)
+    config = _config(home)
+    if source := _source(config):
+        config = foreign.describe(source, home, config)
+    elif hf.describes(config):
+        config = hf.describe(home, config)
     if "encoder" not in config:
         raise ValueError(
-            f"{folder} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
+            f"{name} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
             f"yourself with encoder=NAME."
         )
     return {key: config.get(key) for key in ("features", "encoder")}
@@ -113,7 +143,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def of_images(path: str | Path) -> bool:
     """Whether a file holds a vision transformer that was trained on images, to start an AST from."""
     path = Path(path)
-    return path.is_file() and ast.IMAGE_PATCHES in tensors_of(path)
+    return path.is_file() and ast.IMAGE_PATCHES in tensors_of(path) and _original(path) is ast
 
 
 def load_recogniser(folder: str | Path) -> Recogniser:
@@ -132,13 +162,15 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     return model
 
 
-def model_folder(folder: str | Path) -> Path:
-    """The folder that `load` reads: the one given, or the model of the run given.
+def model_folder(name: str | Path, *, local: bool = False) -> Path:
+    """The folder that `load` reads: the one given, the model of the run given, or what the hub has by that name.
 
     Raises:
-        ValueError: where neither holds a model.
+        ValueError: where none of them holds a model.
     """
-    folder = Path(folder)
+    if str(name).startswith(hub.PREFIX):
+        return hub.fetch(str(name), local=local)
+    folder = Path(name)
     for home in (folder, folder / "model"):
         for found in (home, _aside(home)):
             if holds_weights(found):

@@ -20,28 +20,30 @@ What corresponds:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from speechkit import config as configs
 from speechkit.attention import Softmax
 from speechkit.encoders import AST
 from speechkit.encoders.ast import TOKENS, Positions
 from speechkit.features import FrontEnd, GlobalNorm, LogMel
 from speechkit.heads import Summary
-from speechkit.pretrained.weights import CONFIG, fill, put, read, tensors_of
+from speechkit.pretrained import foreign
+from speechkit.pretrained.foreign import Node, Weights, factory, node
+from speechkit.pretrained.weights import CONFIG, put, tensors_of
+from speechkit.pretrained.weights import fill as put_all
 from speechkit.tagger import Tagger
 
+WHAT = "an Audio Spectrogram Transformer"
 MODEL_TYPE = "audio-spectrogram-transformer"
 INSIDE = "audio_spectrogram_transformer."  # before the names of the encoder in a tagger
-EXTRACTOR = "preprocessor_config.json"
 AUDIOSET = {"mean": -4.2677393, "std": 4.5689974}
 KALDI_FLOOR = 2.0**-23  # torchaudio's, the epsilon of float32
 HEAD_WIDTH = 64  # of an attention head, in every DeiT
@@ -50,12 +52,16 @@ QKV = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of theirs for names of ours: tensors and modules before and behind the blocks, and those of a block."""
+    """Names of theirs for names of ours: tensors and modules before and behind the blocks, and those of a block.
+
+    ``by_column`` says that patches go column by column as ours, not row by row.
+    """
 
     front: Mapping[str, str]
     blocks: str
     block: Mapping[str, str]
     head: Mapping[str, str]
+    by_column: bool = False
 
 
 def _front(class_token: str, distillation_token: str, positions: str, patches: str, norm: str) -> dict[str, str]:
@@ -106,7 +112,13 @@ def describes(config: Mapping[str, Any]) -> bool:
 
 def front_end(*, mean: float, std: float, sample_rate: int = 16000, bands: int = 128) -> FrontEnd:
     """The features that AST was trained on: Kaldi's, of samples between -1 and 1, as ``(x - mean) / (2 std)``."""
-    mel = LogMel(
+    return configs.build(front_node(mean=mean, std=std, sample_rate=sample_rate, bands=bands))
+
+
+def front_node(*, mean: float, std: float, sample_rate: int = 16000, bands: int = 128) -> Node:
+    """`front_end` as a config node."""
+    mel = node(
+        LogMel,
         sample_rate=sample_rate,
         bands=bands,
         scale=1.0,
@@ -115,30 +127,28 @@ def front_end(*, mean: float, std: float, sample_rate: int = 16000, bands: int =
         snip_edges=True,
         float32_tables=True,
     )
-    return FrontEnd(mel=mel, norm=GlobalNorm(dim=bands, mean=mean, std=2 * std))
+    return node(FrontEnd, mel=mel, norm=node(GlobalNorm, dim=bands, mean=mean, std=2 * std))
 
 
-def load(folder: Path, config: Mapping[str, Any]) -> AST | Tagger:
-    """The model of a folder that transformers wrote: a tagger where it has a classifier, else the encoder.
+def describe(folder: Path, config: Mapping[str, Any], weights: Weights) -> Node:
+    """The nodes of a model that transformers wrote: a tagger's where it has a classifier, else features and encoder."""
+    encoder = _encoder(config)
+    found = {"features": _extractor(folder, encoder["features"]), "encoder": encoder}
+    return found | (_head(config, len(weights["classifier.dense.bias"])) if _prefix(weights) else {})
+
+
+def fill(model: AST | Tagger, folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
+    """Put the weights of a model that transformers wrote into ours.
 
     Raises:
-        ValueError: where a config asks for what this model is not, or the weights do not fit.
+        ValueError: where they do not fit.
     """
-    weights = read(folder)
-    prefix = INSIDE if any(name.startswith(INSIDE) for name in weights) else ""
-    try:
-        encoder = _built(config)
-        tagger = _tagger(folder, config, encoder, weights) if prefix else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} must describe an Audio Spectrogram Transformer as transformers does, but no model can "
-            f"be built from it ({type(error).__name__}: {str(error).rstrip('.')}); copy it again, or use transformers."
-        ) from error
-    parts = _parts(encoder, tagger)
+    parts, prefix = foreign.parts(model), _prefix(weights)
+    encoder: Any = parts["encoder"]
     if not config["qkv_bias"]:
-        weights = _zero_biases(encoder, prefix) | weights
-    fill(parts, dict(_unpacked(weights, encoder.positions)), folder, _names(parts, TRANSFORMERS, prefix))
-    return encoder if tagger is None else tagger
+        weights = _zero_biases(encoder, prefix) | dict(weights)
+    names = foreign.names(parts, _modules(encoder, TRANSFORMERS, prefix))
+    put_all(parts, dict(_unpacked(weights, encoder.positions, TRANSFORMERS)), folder, names)
 
 
 def load_original(
@@ -163,25 +173,30 @@ def load_original(
         ValueError: where the file is not only tensors, they are of another model, or ``labels`` are too few or many.
     """
     path = Path(path)
-    weights = {name.removeprefix("module."): weight for name, weight in tensors_of(path).items()}
-    kept = {name: weight for name, weight in weights.items() if not name.removeprefix("v.").startswith(IMAGES)}
-    encoder = _shaped(path, kept, "v.", features=features, frames=frames, stride=stride)
-    classes = len(kept.get("mlp_head.1.bias", ()))
-    if labels is not None and len(labels) != classes:
-        raise ValueError(
-            f"{path} must be given a label for each of its {classes} classes, but labels has {len(labels)}; give it "
-            f"those of the data it was trained on."
-        )
-    names = [str(n) for n in range(classes)] if labels is None else labels
-    front = front_end(mean=mean, std=std, bands=features)
-    tagger = Tagger(features=front, encoder=encoder, labels=names, frames=frames, filled=True)
-    parts = _parts(encoder, tagger)
-    if faults := put(parts, dict(_unpacked(kept, encoder.positions)), _names(parts, TIMM, "v.")):
+    kept = _of_sound(tensors_of(path))
+    encoder = shaped(path, kept, "v.", features=features, frames=frames, stride=stride)
+    tagger = foreign.built(
+        {
+            "features": front_node(mean=mean, std=std, bands=features),
+            "encoder": encoder,
+            "head": factory(Summary),
+            "labels": named(path, len(kept.get("mlp_head.1.bias", ())), labels),
+            "frames": frames,
+            "filled": True,
+        }
+    )
+    if faults := put_timm(tagger, kept, TIMM, "v."):
         raise ValueError(
             f"{path} must hold an AST of {frames} frames, {features} mel bands and stride {stride}, but {faults}; "
             f"say the frames, features and stride it was trained with, or load another file."
         )
     return tagger.eval()
+
+
+def describe_original(path: Path, weights: Weights) -> Node:
+    """Features and encoder of a checkpoint of the original repository, of AudioSet's sizes."""
+    encoder = shaped(path, _of_sound(weights), "v.", features=128, frames=1024, stride=10)
+    return {"features": front_node(mean=AUDIOSET["mean"], std=AUDIOSET["std"]), "encoder": encoder}
 
 
 def initialise(encoder: AST, path: str | Path) -> None:
@@ -198,14 +213,14 @@ def initialise(encoder: AST, path: str | Path) -> None:
     """
     path = Path(path)
     weights = {name: weight for name, weight in tensors_of(path).items() if not name.startswith(IMAGES)}
-    if "dist_token" not in weights:
+    tokens = len(encoder.tokens)
+    if "dist_token" not in weights and tokens == TOKENS:
         weights |= _distilled(weights)
-    side = math.isqrt(max(0, weights["pos_embed"].numel() // encoder.dim - TOKENS)) if "pos_embed" in weights else 1
-    sound, image = encoder.positions, Positions(columns=side, rows=side, dim=encoder.dim)
+    side = math.isqrt(max(0, weights["pos_embed"].numel() // encoder.dim - tokens)) if "pos_embed" in weights else 1
+    sound, image = encoder.positions, Positions(columns=side, rows=side, dim=encoder.dim, tokens=tokens)
     try:
         encoder.positions = image
-        parts = _parts(encoder, None)
-        faults = put(parts, dict(_unpacked(weights, image)), _names(parts, TIMM, ""))
+        faults = put_timm(encoder, weights, TIMM)
     finally:
         encoder.positions = sound
     if faults:
@@ -216,72 +231,86 @@ def initialise(encoder: AST, path: str | Path) -> None:
     sound.adopt(image)
 
 
-def _parts(encoder: AST, tagger: Tagger | None) -> nn.ModuleDict:
-    """What has weights in a file: not the front end."""
-    return nn.ModuleDict({"encoder": encoder} | ({} if tagger is None else {"head": tagger.head}))
+def _prefix(weights: Weights) -> str:
+    """What is before the names of the encoder: something, in a tagger."""
+    return INSIDE if any(name.startswith(INSIDE) for name in weights) else ""
 
 
-def _built(config: Mapping[str, Any]) -> AST:
-    if config["hidden_act"] != "gelu":
-        raise ValueError(f"hidden_act must be gelu, but is {config['hidden_act']}")
-    dim, hidden = config["hidden_size"], config["intermediate_size"]
-    if hidden % dim:
-        raise ValueError(f"intermediate_size must be a multiple of hidden_size, {dim}, but is {hidden}")
-    return AST(
+def _encoder(config: Mapping[str, Any]) -> Node:
+    foreign.require(config, {"hidden_act": "gelu"})
+    return node(
+        AST,
         features=config["num_mel_bins"],
         frames=config["max_length"],
-        dim=dim,
+        dim=config["hidden_size"],
         heads=config["num_attention_heads"],
         layers=config["num_hidden_layers"],
         patch=config["patch_size"],
         stride=config["time_stride"],
         band_stride=config["frequency_stride"],
-        expansion=hidden // dim,
-        attention=partial(Softmax, dropout=config["attention_probs_dropout_prob"]),
+        expansion=foreign.times(config),
+        attention=factory(Softmax, dropout=config["attention_probs_dropout_prob"]),
         dropout=config["hidden_dropout_prob"],
         eps=config["layer_norm_eps"],
     )
 
 
-def _tagger(folder: Path, config: Mapping[str, Any], encoder: AST, weights: Mapping[str, Tensor]) -> Tagger:
-    names = {int(number): label for number, label in config["id2label"].items()}
-    classes = len(weights["classifier.dense.bias"])
-    if sorted(names) != list(range(classes)):
-        raise ValueError(f"id2label must name the classes 0 to {classes - 1} of the weights, but names {len(names)}")
-    return Tagger(
-        features=_extractor(folder, encoder),
-        encoder=encoder,
-        labels=[names[number] for number in range(classes)],
-        frames=config["max_length"],
-        head=partial(Summary, eps=config["layer_norm_eps"]),
-        exclusive=config.get("problem_type") == "single_label_classification",
-        filled=True,
-    )
+def _head(config: Mapping[str, Any], classes: int) -> Node:
+    return {
+        "head": factory(Summary, eps=config["layer_norm_eps"]),
+        "labels": foreign.labels(config, classes),
+        "frames": config["max_length"],
+        "exclusive": foreign.exclusive(config),
+        "filled": True,
+    }
 
 
-def _extractor(folder: Path, encoder: AST) -> FrontEnd | None:
-    if not (folder / EXTRACTOR).is_file():
+def _extractor(folder: Path, bands: int) -> Node | None:
+    about = foreign.extractor(folder)
+    if about is None:
         return None
-    about = json.loads((folder / EXTRACTOR).read_text(encoding="utf-8"))
-    if about["num_mel_bins"] != encoder.features:
+    if about["num_mel_bins"] != bands:
         raise ValueError(
-            f"{EXTRACTOR} must have the {encoder.features} num_mel_bins of {CONFIG}, but has {about['num_mel_bins']}"
+            f"{foreign.EXTRACTOR} must have the {bands} num_mel_bins of {CONFIG}, but has {about['num_mel_bins']}"
         )
     norm = {key: about[key] for key in AUDIOSET} if about["do_normalize"] else {"mean": 0.0, "std": 0.5}
-    return front_end(sample_rate=about["sampling_rate"], bands=encoder.features, **norm)
+    return front_node(sample_rate=about["sampling_rate"], bands=bands, **norm)
 
 
-def _shaped(path: Path, weights: Mapping[str, Tensor], prefix: str, *, features: int, frames: int, stride: int) -> AST:
-    """An encoder of the width and depth of weights in timm's layout."""
-    patches = weights.get(f"{prefix}patch_embed.proj.weight")
+def _of_sound(weights: Weights) -> dict[str, Tensor]:
+    named = {name.removeprefix("module."): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in named.items() if not name.removeprefix("v.").startswith(IMAGES)}
+
+
+def named(path: Path, classes: int, labels: Sequence[str] | None) -> list[str]:
+    """The labels of a checkpoint that says nothing of them: those given, or numbers.
+
+    Raises:
+        ValueError: where there is not one for each class.
+    """
+    if labels is not None and len(labels) != classes:
+        raise ValueError(
+            f"{path} must be given a label for each of its {classes} classes, but labels has {len(labels)}; give it "
+            f"those of the data it was trained on."
+        )
+    return list(map(str, range(classes))) if labels is None else list(labels)
+
+
+def shaped(path: Path, weights: Weights, prefix: str, *, frames: int, stride: int, **options: Any) -> Node:
+    """An encoder of the width and depth of weights in timm's layout.
+
+    Raises:
+        ValueError: where they are of no such encoder.
+    """
+    patches = weights.get(f"{prefix}{IMAGE_PATCHES}")
     if patches is None or patches.dim() != 4 or len(patches) % HEAD_WIDTH:
         raise ValueError(
             f"{path} must hold an AST of the original repository, but has no {prefix}patch_embed.proj.weight of "
             f"[{HEAD_WIDTH} heads, channels, patch, patch]; load another file."
         )
-    layers = {name.split(".")[2] for name in weights if name.startswith(f"{prefix}blocks.")}
-    return AST(
-        features=features,
+    layers = {name.split(".")[prefix.count(".") + 1] for name in weights if name.startswith(f"{prefix}blocks.")}
+    return node(
+        AST,
         frames=frames,
         dim=len(patches),
         heads=len(patches) // HEAD_WIDTH,
@@ -289,41 +318,56 @@ def _shaped(path: Path, weights: Mapping[str, Tensor], prefix: str, *, features:
         patch=patches.shape[-1],
         stride=stride,
         band_stride=stride,
+        **options,
     )
 
 
-def _names(parts: nn.ModuleDict, layout: Layout, prefix: str) -> dict[str, str]:
-    """What their files call each tensor of ours; ``prefix`` is before the names of the encoder."""
+def put_timm(model: Any, weights: Weights, layout: Layout, prefix: str = "") -> str:
+    """Put weights in timm's layout into a model of ours, or say what does not fit."""
+    parts = foreign.parts(model)
+    encoder: Any = parts["encoder"]
+    names = foreign.names(parts, _modules(encoder, layout, prefix))
+    return put(parts, dict(_unpacked(weights, encoder.positions, layout)), names)
+
+
+def _modules(encoder: AST, layout: Layout, prefix: str) -> dict[str, str]:
+    """What their files call each module of ours, or tensor; ``prefix`` is before the names of the encoder."""
     modules = {f"encoder.{ours}": prefix + theirs for ours, theirs in layout.front.items()}
-    for n in range(len(parts["encoder"].blocks)):  # type: ignore[arg-type]
+    for n in range(len(encoder.blocks)):
         for ours, theirs in layout.block.items():
             modules[f"encoder.blocks.{n}.{ours}"] = f"{prefix}{layout.blocks}.{n}.{theirs}"
-    modules |= {f"head.{ours}": theirs for ours, theirs in layout.head.items()}
-    split = {name: name.rpartition(".") for name in parts.state_dict()}
-    return {name: modules.get(name) or f"{modules[module]}.{last}" for name, (module, _, last) in split.items()}
+    return modules | {f"head.{ours}": theirs for ours, theirs in layout.head.items()}
 
 
-def _unpacked(weights: Mapping[str, Tensor], positions: Positions) -> Iterator[tuple[str, Tensor]]:
+def _unpacked(weights: Weights, positions: Positions, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Tensors of theirs in the shapes of ours; what is of another size is left for `put` to name."""
-    columns, rows, _ = positions.table.shape
     for name, weight in weights.items():
         module, _, last = name.rpartition(".")
         if last in ("cls_token", "distillation_token", "dist_token"):
             yield name, weight.flatten()
         elif last in ("position_embeddings", "pos_embed"):
-            tokens, table = weight.flatten(0, -2).tensor_split([TOKENS])
-            fits = len(table) == rows * columns
+            tokens, table = weight.flatten(0, -2).tensor_split([len(positions.tokens)])
             yield f"{name}[tokens]", tokens
-            yield f"{name}[patches]", table.unflatten(0, (rows, columns)).transpose(0, 1) if fits else table
+            yield f"{name}[patches]", _by_column(table, positions, layout)
         elif module.endswith(".attn.qkv"):
             yield from ((f"{module}[{part}].{last}", third) for part, third in zip(QKV, weight.chunk(3), strict=True))
         elif weight.dim() == 4:
-            yield name, weight.sum(1, keepdim=True).transpose(2, 3)
+            kernel = weight.sum(1, keepdim=True)
+            yield name, kernel if layout.by_column else kernel.transpose(2, 3)
         else:
             yield name, weight
 
 
-def _distilled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_column(table: Tensor, positions: Positions, layout: Layout) -> Tensor:
+    columns, rows, _ = positions.table.shape
+    if len(table) != rows * columns:
+        return table
+    if layout.by_column:
+        return table.unflatten(0, (columns, rows))
+    return table.unflatten(0, (rows, columns)).transpose(0, 1)
+
+
+def _distilled(weights: Weights) -> dict[str, Tensor]:
     """What a ViT lacks of a DeiT."""
     if not {"cls_token", "pos_embed"} <= weights.keys():
         return {}

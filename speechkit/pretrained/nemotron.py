@@ -17,7 +17,6 @@ whole recogniser, ``NemotronAsrStreamingForRNNT``, the encoder is read and the t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,12 @@ from torch import Tensor
 from speechkit.attention import RelativePosition, Softmax
 from speechkit.encoders import Conformer
 from speechkit.layers import Convolution, FeedForward, Subsampling
-from speechkit.pretrained.weights import CONFIG, fill, read
+from speechkit.pretrained import foreign
+from speechkit.pretrained.foreign import Node, Weights, factory, node
+from speechkit.pretrained.weights import fill as put_all
 from speechkit.stream import Context
 
+WHAT = "a NemotronAsrStreamingEncoder that a Conformer can be"
 ENCODER, RECOGNISER = "nemotron_asr_streaming_encoder", "nemotron_asr_streaming"
 TRANSDUCER = ("encoder_projector.", "decoder.", "joint.")
 FIXED = {"hidden_act": "silu", "subsampling_conv_kernel_size": 3, "subsampling_conv_stride": 2}
@@ -75,62 +77,57 @@ def context(*, left: int = 70, lookahead: int) -> Context:
     return Context(left=left - left % chunk, chunk=chunk)
 
 
-def load(folder: Path, config: Mapping[str, Any]) -> Conformer:
-    """The encoder of a folder, with the context of its default look-ahead.
+def describe(folder: Path, config: Mapping[str, Any], weights: Weights) -> Node:
+    """The nodes of the encoder, with the context of its default look-ahead; its features are for who loads it."""
+    return {"features": None, "encoder": _encoder(_inside(config))}
+
+
+def fill(model: Conformer, folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
+    """Put the weights of theirs into ours.
 
     Raises:
-        ValueError: where the config asks for what this encoder is not, or the weights do not fit.
+        ValueError: where they do not fit.
     """
-    whole = config["model_type"] == RECOGNISER
-    try:
-        config = config["encoder_config"] if whole else config
-        encoder = _built(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} must describe a NemotronAsrStreamingEncoder that a Conformer can be, but no encoder "
-            f"can be built from it ({type(error).__name__}: {str(error).rstrip('.')}); copy it again, or encode with "
-            f"transformers."
-        ) from error
-    weights = read(folder)
-    if whole:
+    if config["model_type"] == RECOGNISER:
         weights = {k.removeprefix("encoder."): w for k, w in weights.items() if not k.startswith(TRANSDUCER)}
-    scale = encoder.dim**0.5 if config["scale_input"] else 1.0
-    weights = {name: _converted(name, weight, scale) for name, weight in weights.items()}
-    fill(encoder, weights, folder, _names(encoder))
-    return encoder.eval()
+    scale = model.dim**0.5 if _inside(config)["scale_input"] else 1.0
+    put_all(model, {name: _converted(name, weight, scale) for name, weight in weights.items()}, folder, _names(model))
 
 
-def _built(config: Mapping[str, Any]) -> Conformer:
+def _inside(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config["encoder_config"] if config["model_type"] == RECOGNISER else config
+
+
+def _encoder(config: Mapping[str, Any]) -> Node:
     for key, value in FIXED.items():
         if config[key] != value:
             raise ValueError(f"{key} must be {value}, but is {config[key]}")
-    dim, hidden = config["hidden_size"], config["intermediate_size"]
-    if hidden % dim:
-        raise ValueError(f"intermediate_size must be a multiple of hidden_size, {dim}, but is {hidden}")
-    return Conformer(
+    heard = context(left=config["sliding_window"] - 1, lookahead=config["default_num_lookahead_tokens"])
+    return node(
+        Conformer,
         features=config["num_mel_bins"],
-        dim=dim,
+        dim=config["hidden_size"],
         heads=config["num_attention_heads"],
         layers=config["num_hidden_layers"],
-        attention=partial(
+        attention=factory(
             Softmax,
-            position=RelativePosition,
+            position=factory(RelativePosition),
             kv_heads=config["num_key_value_heads"],
             bias=config["attention_bias"],
             dropout=config["attention_dropout"],
         ),
-        subsampling=partial(
+        subsampling=factory(
             Subsampling,
             channels=config["subsampling_conv_channels"],
             stages=config["subsampling_factor"].bit_length() - 1,
             separable=True,
             before=2,
         ),
-        convolution=partial(Convolution, kernel=config["conv_kernel_size"], bias=config["convolution_bias"]),
-        feed_forward=partial(FeedForward, bias=config["attention_bias"]),
-        expansion=hidden // dim,
+        convolution=factory(Convolution, kernel=config["conv_kernel_size"], bias=config["convolution_bias"]),
+        feed_forward=factory(FeedForward, bias=config["attention_bias"]),
+        expansion=foreign.times(config),
         dropout=config["dropout"],
-        context=context(left=config["sliding_window"] - 1, lookahead=config["default_num_lookahead_tokens"]),
+        context=node(Context, left=heard.left, chunk=heard.chunk),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if path.suffix not in PICKLES:
         return _read(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # options of a command line, which some keep beside it
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle end in whatever their opcodes come to
         raise ValueError(
             f"{path} must hold tensors and nothing else, but cannot be opened so ({type(error).__name__}); copy it "
