@@ -22,7 +22,7 @@ FLOORS = (
     ("layers",),
     ("attention",),
     ("encoders",),
-    ("objectives", "search", "metrics"),
+    ("objectives", "search", "metrics", "tuning"),
     ("config", "recogniser"),
     ("tagger",),
     ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures"),
@@ -51,6 +51,7 @@ DOORS = {
     "uvicorn": {"app"},
     "matplotlib": {"pictures"},
     "librosa": {"pictures"},
+    "peft": {"tuning"},
 }
 EVERYWHERE = {"torch", "numpy", "jaxtyping", "speechkit", *sys.stdlib_module_names}
 

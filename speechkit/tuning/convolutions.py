@@ -1,0 +1,123 @@
+"""Adapters that look at neighbours: a small convolution between the maps of a bottleneck, beside attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from speechkit.encoders import AST, ChunkedEncoder
+from speechkit.encoders.ast import TOKENS
+from speechkit.layers import DepthwiseConv, Linear
+from speechkit.stream import State, keep_valid
+from speechkit.tuning.adapters import Across, Frames, Lengths, narrow, silent
+
+
+class Grid:
+    """The columns and rows in which the patches of an `AST` lie behind its tokens."""
+
+    def __init__(self, encoder: AST) -> None:
+        self.encoder = encoder
+
+    @property
+    def rows(self) -> int:
+        """Rows there are now; patchout leaves out some while training."""
+        out = self.encoder.patchout if self.encoder.training else None
+        return self.encoder.rows - (out.rows if out else 0)
+
+    def split(self, x: Frames) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B U Q D"]]:
+        return x[:, :TOKENS], x[:, TOKENS:].unflatten(1, (-1, self.rows))
+
+
+def grid_of(encoder: AST, adapter: str) -> Grid:
+    if encoder.patchout is not None and encoder.patchout.patches:
+        raise ValueError(
+            f"{adapter} must see patches in columns and rows, but patchout.patches={encoder.patchout.patches} leaves "
+            f"holes in them; leave out whole ones with patchout.columns and patchout.rows."
+        )
+    return Grid(encoder)
+
+
+class Convpass(Across):
+    """Down, GELU, a convolution over neighbouring patches in time and frequency, GELU, up (2207.07039, section 3).
+
+    For AST. A token has no neighbours. The convolution begins as the identity.
+
+    Args:
+        reduction: how many times narrower the middle is than the frames.
+        kernel: patches on each side of the filter, odd.
+    """
+
+    def __init__(self, *, dim: int, reduction: float = 48, kernel: int = 3) -> None:
+        super().__init__()
+        width = narrow(dim, reduction)
+        self.down, self.up = Linear(dim, width), silent(Linear(width, dim))
+        self.conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def fit(self, encoder: nn.Module) -> None:
+        if not isinstance(encoder, AST):
+            raise ValueError(
+                f"Convpass must see the patches of an AST, but the encoder is a {type(encoder).__name__}; "
+                f"take tuning=conformer_adapter, which looks along time."
+            )
+        self.grid = grid_of(encoder, "Convpass")
+
+    def forward(self, x: Frames, lengths: Lengths, state: State | None = None) -> tuple[Frames, None]:
+        tokens, patches = self.grid.split(keep_valid(F.gelu(self.down(x)), lengths))
+        tokens = self.conv(tokens.flatten(0, 1)[..., None, None]).view_as(tokens)
+        patches = self.conv(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        return self.up(F.gelu(torch.cat([tokens, patches], dim=1))), None
+
+
+class TimeConvolution(Across):
+    """The Conformer's convolution module as an adapter: norm, down, gate, depthwise over time, norm, SiLU, up.
+
+    After the "Conformer adapter" (2312.03694, section 3.2). In an AST it runs along each row of patches. In an encoder
+    that streams it sees no future and remembers ``kernel - 1`` frames.
+
+    Args:
+        reduction: how many times narrower the middle is than the frames.
+        kernel: frames, or columns of patches, that a filter spans.
+    """
+
+    def __init__(self, *, dim: int, reduction: float = 48, kernel: int = 7) -> None:
+        super().__init__()
+        width = narrow(dim, reduction)
+        self.norm_in, self.norm = nn.LayerNorm(dim), nn.LayerNorm(width)
+        self.down, self.up = Linear(dim, 2 * width), silent(Linear(width, dim))
+        self.width, self.kernel = width, kernel
+        self.depthwise: DepthwiseConv
+        self.grid: Grid | None = None
+
+    def fit(self, encoder: nn.Module) -> None:
+        if isinstance(encoder, AST):
+            self.grid = grid_of(encoder, "TimeConvolution")
+        elif not isinstance(encoder, ChunkedEncoder):
+            raise ValueError(
+                f"TimeConvolution must know where frames are in time, as in an AST, a Conformer or a Squeezeformer, "
+                f"but the encoder is a {type(encoder).__name__}; take tuning=bottleneck."
+            )
+        causal = self.grid is None and encoder.context.streams
+        self.depthwise = DepthwiseConv(dim=self.width, kernel=self.kernel, causal=causal)
+
+    def init_state(self, batch: int) -> Tensor:
+        return self.depthwise.init_state(batch)
+
+    def forward(self, x: Frames, lengths: Lengths, state: Tensor | None = None) -> tuple[Frames, Tensor | None]:
+        y = F.glu(self.down(self.norm_in(x)), dim=-1)
+        y, state = self.depthwise(y, lengths, state) if self.grid is None else (self._by_row(y, lengths), None)
+        return self.up(F.silu(self.norm(y))), state
+
+    def _by_row(self, x: Frames, lengths: Lengths) -> Frames:
+        assert self.grid is not None
+        tokens, patches = self.grid.split(x)
+        rows, columns = patches.shape[2], ((lengths - TOKENS) // patches.shape[2]).repeat_interleave(patches.shape[2])
+        alone, _ = self.depthwise(tokens.flatten(0, 1)[:, None], torch.ones_like(lengths).repeat_interleave(TOKENS))
+        along, _ = self.depthwise(patches.transpose(1, 2).flatten(0, 1), columns)
+        along = along.unflatten(0, (-1, rows)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([alone.view_as(tokens), along], dim=1)
+
+
