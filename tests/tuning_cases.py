@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import hydra
@@ -10,7 +11,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from speechkit.config import build, catalogue, plain
-from speechkit.encoders import ChunkedEncoder
 from speechkit.stream import keep_valid
 from speechkit.types import EncoderOutput
 
@@ -51,15 +51,27 @@ class Model(nn.Module):
 
 def encoder(name: str, **changes: Any) -> nn.Module:
     """An encoder of ``conf/encoder``, with its own parts and few of each, every one away from a neutral start."""
+    return randomised(build(described(name) | changes, "model.encoder"))
+
+
+@cache
+def described(name: str) -> dict[str, Any]:
+    """The node of a tiny encoder."""
     with hydra.initialize_config_dir(str(catalogue()), version_base="1.3"):
         overrides = [f"+encoder={name}", "+attention=relative", f"+model.features.mel.bands={BANDS}"]
-        config = hydra.compose(overrides=overrides)
-    sizes = {"dim": 24, "heads": 4, "layers": 4} | ({"frames": 96} if name.startswith("ast") else {}) | changes
-    for key, value in sizes.items():
-        OmegaConf.update(config, f"model.encoder.{key}", value, force_add=True)
-    if not name.startswith("ast"):
-        OmegaConf.update(config, "model.encoder.subsampling.channels", 8, force_add=True)
-    return randomised(build(config.model.encoder, "model.encoder"))
+        node = plain(hydra.compose(overrides=overrides).model.encoder)
+    if node["_target_"].endswith(".AST"):
+        return node | {"dim": 24, "heads": 4, "layers": 3, "frames": 96, "features": BANDS}
+    node["subsampling"]["channels"] = 8
+    return node | {"dim": 24, "heads": 4, "layers": 3}
+
+
+def distinct() -> list[str]:
+    """The encoders of the catalogue that differ in more than size."""
+    found: dict[str, str] = {}
+    for name in names("encoder"):
+        found.setdefault(repr(described(name)), name)
+    return list(found.values())
 
 
 def randomised(module: nn.Module, seed: int = 5) -> nn.Module:
@@ -87,19 +99,19 @@ def tuned(name: str, method: str, **changes: Any) -> Model:
 
 
 def refused(name: str, method: str) -> bool:
-    body, kind = encoder(name), REFUSED.get(method)
-    chunked = isinstance(body, ChunkedEncoder)
-    return chunked and (kind == "chunked" or (kind == "streaming" and body.context.streams))
+    kind, context = REFUSED.get(method), described(name).get("context") or {}
+    chunked = not described(name)["_target_"].endswith(".AST")
+    return chunked and (kind == "chunked" or (kind == "streaming" and bool(context.get("chunk"))))
 
 
 def sounds(count: int = 3, frames: int = 64, seed: int = 1) -> Tensor:
     return torch.randn(count, frames, BANDS, generator=torch.Generator().manual_seed(seed))
 
 
-def train(model: Model, steps: int = 4, rate: float = 1e-2) -> None:
+def train(model: Model, steps: int = 3, rate: float = 1e-2) -> None:
     """A few steps of Adam on labels that no model knows yet."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0, fused=True)
     x, labels = sounds(), torch.arange(3) % CLASSES
     for step in range(steps):
         model.tuning.at(model, step)

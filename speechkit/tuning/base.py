@@ -14,6 +14,9 @@ class Tuning:
     A subclass writes `adapt`. The front end is never trained, and what comes behind the encoder always is. A model knows its method as ``tuning``.
     """
 
+    merges = False
+    """Whether `merge` can fold what was added into the weights."""
+
     def apply(self, model: Any) -> None:
         """Change the structure of ``model``, in place, and mark what is trained by ``requires_grad``.
 
@@ -59,8 +62,8 @@ class Tuning:
             ValueError: where that cannot be exact.
         """
         raise ValueError(
-            f"{type(self).__name__} must stay beside the weights, because no plain model gives the same; save the "
-            f"model as it is, it loads with its tuning."
+            f"{type(self).__name__} must stay beside the weights it was trained with, because no plain model gives the "
+            f"same; use the model as it is, or start from the one it was tuned from."
         )
 
 

@@ -11,7 +11,16 @@ from speechkit.tuning.base import Tuning
 from speechkit.tuning.sites import depths
 
 
-class Full(Tuning):
+class Choice(Tuning):
+    """A method that adds nothing, so that there is nothing to merge."""
+
+    merges = True
+
+    def merge(self, model: Any) -> None:
+        model.tuning = None
+
+
+class Full(Choice):
     """All of the encoder, the deeper a weight lies below the head the slower.
 
     The rate falls by ``decay`` from one block to the one before it (layer-wise decay, 1801.06146, section 3.2; the form
@@ -37,9 +46,6 @@ class Full(Tuning):
     def rates(self, model: Any) -> Mapping[str, float]:
         found, top = depths(model.encoder)
         return {f"encoder.{name}": self.decay ** (top - depth) for name, depth in found.items()}
-
-    def merge(self, model: Any) -> None:
-        model.tuning = None
 
 
 class Gradual(Full):
@@ -69,7 +75,7 @@ class Gradual(Full):
         super().at(model, step)
 
 
-class LinearProbe(Tuning):
+class LinearProbe(Choice):
     """Nothing of the encoder, which hears as it was left: without dropout and patchout. The head is all that learns."""
 
     def adapt(self, encoder: nn.Module) -> None:
@@ -78,16 +84,10 @@ class LinearProbe(Tuning):
     def at(self, model: Any, step: int) -> None:
         model.encoder.eval()
 
-    def merge(self, model: Any) -> None:
-        model.tuning = None
 
-
-class BitFit(Tuning):
+class BitFit(Choice):
     """The biases of linear maps, convolutions and norms (2106.10199)."""
 
     def adapt(self, encoder: nn.Module) -> None:
         for name, parameter in encoder.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] == "bias")
-
-    def merge(self, model: Any) -> None:
-        model.tuning = None

@@ -27,6 +27,8 @@ class Peft(Tuning):
         ValueError: for a method or argument that peft does not have, or where peft is absent.
     """
 
+    merges = True
+
     def __init__(
         self,
         *,

@@ -17,6 +17,8 @@ class ScaleShift(Tuning):
     Where a map adds no bias there is no shift, so that `merge` gives the very structure that the encoder had.
     """
 
+    merges = True
+
     def adapt(self, encoder: nn.Module) -> None:
         for block in blocks(encoder):
             known = {id(part) for _, part in maps(block)}
