@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tuning_cases import BANDS, METHODS, Model, distinct, encoder, names, node, randomised, refused, sounds, train, tuned
+from tuning_cases import (
+    BANDS,
+    METHODS,
+    Model,
+    distinct,
+    encoder,
+    names,
+    node,
+    randomised,
+    refused,
+    sounds,
+    train,
+    tuned,
+)
 
 from speechkit.config import build
 from speechkit.stream import Context
@@ -279,5 +292,5 @@ def test_an_adapter_in_a_place_where_it_cannot_be_is_refused(change: dict[str, A
 def test_numbers_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tuning.decay must be above 0 and at most 1, .* but is 1.5"):
         Full(decay=1.5)
-    with pytest.raises(ValueError, match="tuning.every must be at least 1 optimizer step, but is 0"):
+    with pytest.raises(ValueError, match=r"tuning\.every must be at least 1 optimizer step, but is 0"):
         Gradual(every=0)

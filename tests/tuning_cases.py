@@ -111,7 +111,9 @@ def sounds(count: int = 3, frames: int = 64, seed: int = 1) -> Tensor:
 def train(model: Model, steps: int = 3, rate: float = 1e-2) -> None:
     """A few steps of Adam on labels that no model knows yet."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0, fused=True
+    )
     x, labels = sounds(), torch.arange(3) % CLASSES
     for step in range(steps):
         model.tuning.at(model, step)

@@ -76,9 +76,7 @@ class Optim:
     def __init__(self, *, optimizer: Callable[..., Optimizer], schedule: Callable[[int], float]) -> None:
         self.optimizer, self.schedule = optimizer, schedule
 
-    def __call__(
-        self, module: nn.Module, rates: Mapping[str, float] | None = None
-    ) -> tuple[Optimizer, LambdaLR]:
+    def __call__(self, module: nn.Module, rates: Mapping[str, float] | None = None) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of all that is trained in ``module``; ``rates``: factors of the rate by a weight's name."""
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, weight in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Fine-tuning methods: what of a pretrained model is trained, and what is added to it; docs/finetuning.md compares them.
+"""Fine-tuning methods: what of a pretrained model is trained, and what is added to it (docs/finetuning.md).
 
 To write your own, subclass `Tuning`; `adapt` finds the places to act by `blocks`, `sites` and `maps`.
 """

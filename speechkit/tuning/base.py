@@ -11,7 +11,8 @@ from torch import nn
 class Tuning:
     """A fine-tuning method: what of a pretrained model is trained, and what is added to it.
 
-    A subclass writes `adapt`. The front end is never trained, and what comes behind the encoder always is. A model knows its method as ``tuning``.
+    A subclass writes `adapt`. The front end is never trained, and what comes behind the encoder always is. A model
+    knows its method as ``tuning``.
     """
 
     merges = False
@@ -79,4 +80,3 @@ class Around(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("part"), name)
-

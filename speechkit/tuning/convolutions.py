@@ -55,6 +55,7 @@ class Convpass(Across):
         self.down, self.up = Linear(dim, width), silent(Linear(width, dim))
         self.conv = nn.Conv2d(width, width, kernel, padding=kernel // 2)
         nn.init.dirac_(self.conv.weight)
+        assert self.conv.bias is not None
         nn.init.zeros_(self.conv.bias)
 
     def fit(self, encoder: nn.Module) -> None:
@@ -94,13 +95,14 @@ class TimeConvolution(Across):
 
     def fit(self, encoder: nn.Module) -> None:
         if isinstance(encoder, AST):
-            self.grid = grid_of(encoder, "TimeConvolution")
-        elif not isinstance(encoder, ChunkedEncoder):
+            self.grid, causal = grid_of(encoder, "TimeConvolution"), False
+        elif isinstance(encoder, ChunkedEncoder):
+            causal = encoder.context.streams
+        else:
             raise ValueError(
                 f"TimeConvolution must know where frames are in time, as in an AST, a Conformer or a Squeezeformer, "
                 f"but the encoder is a {type(encoder).__name__}; take tuning=bottleneck."
             )
-        causal = self.grid is None and encoder.context.streams
         self.depthwise = DepthwiseConv(dim=self.width, kernel=self.kernel, causal=causal)
 
     def init_state(self, batch: int) -> Tensor:
@@ -119,5 +121,3 @@ class TimeConvolution(Across):
         along, _ = self.depthwise(patches.transpose(1, 2).flatten(0, 1), columns)
         along = along.unflatten(0, (-1, rows)).transpose(1, 2).flatten(1, 2)
         return torch.cat([alone.view_as(tokens), along], dim=1)
-
-

@@ -63,6 +63,7 @@ class Peft(Tuning):
                 super().merge(model)
             parent, _, key = name.rpartition(".")
             setattr(model.encoder.get_submodule(parent), key, part.get_base_layer())
+        del model.encoder.peft_config  # that of the changes there were
         model.tuning = None
 
     def _config(self, names: Sequence[str]) -> Any:
@@ -73,12 +74,15 @@ class Peft(Tuning):
                 f"tuning.method={self.method} must have the library peft, but it is not installed; "
                 f"run: pip install 'speechkit[peft]'."
             ) from error
-        known = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        every = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        arguments = {name: {field.name for field in fields(config) if field.init} for name, config in every.items()}
+        known: dict[str, Any] = {k: config for k, config in every.items() if "target_modules" in arguments[k]}
         if self.method not in known:
             raise ValueError(
-                f"tuning.method must be one of peft's, in small letters, but is {self.method}{meant(self.method, known)}"
+                f"tuning.method must be one of peft's that change linear maps, in small letters, but is "
+                f"{self.method}{meant(self.method, known)}"
             )
-        takes = {field.name for field in fields(known[self.method]) if field.init} - OWN
+        takes = arguments[self.method] - OWN
         for key in self.arguments.keys() - takes:
             raise ValueError(
                 f"tuning.arguments.{key} is not an argument of peft's {self.method}, which takes "

@@ -1,4 +1,4 @@
-"""Scale and shift: two numbers a channel behind every map and norm of a frozen encoder, gone without trace at the end."""
+"""Scale and shift: two numbers a channel behind every map and norm of a frozen encoder, which merge into these."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ class ScaleShift(Tuning):
     def adapt(self, encoder: nn.Module) -> None:
         for block in blocks(encoder):
             known = {id(part) for _, part in maps(block)}
-            known |= {id(part) for part in block.modules() if isinstance(part, nn.LayerNorm)}
             for parent in list(block.modules()):
                 for name, part in list(parent.named_children()):
-                    if id(part) in known:
+                    if isinstance(part, nn.LayerNorm) or (isinstance(part, nn.Linear) and id(part) in known):
                         setattr(parent, name, Scaled(part))
 
     def merge(self, model: Any) -> None:

@@ -127,4 +127,3 @@ def _attends(block: nn.Module) -> bool:
 
 def _is(name: str, kind: Kind) -> bool:
     return any(part in name.lower() for part in NAMES[kind])
-
