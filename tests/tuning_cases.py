@@ -61,9 +61,9 @@ def described(name: str) -> dict[str, Any]:
         overrides = [f"+encoder={name}", "+attention=relative", f"+model.features.mel.bands={BANDS}"]
         node = plain(hydra.compose(overrides=overrides).model.encoder)
     if node["_target_"].endswith(".AST"):
-        return node | {"dim": 24, "heads": 4, "layers": 3, "frames": 96, "features": BANDS}
+        return node | {"dim": 24, "heads": 4, "layers": 2, "frames": 96, "features": BANDS}
     node["subsampling"]["channels"] = 8
-    return node | {"dim": 24, "heads": 4, "layers": 3}
+    return node | {"dim": 24, "heads": 4, "layers": 2}
 
 
 def distinct() -> list[str]:
