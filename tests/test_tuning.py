@@ -145,24 +145,25 @@ def test_a_tuned_encoder_streams_what_it_encodes(method: str, name: str) -> None
     verify_stream(model.encoder, features=BANDS, context=CONTEXT, long=False)
 
 
-def test_patchout_leaves_a_grid_that_convolutions_know() -> None:
-    from speechkit.encoders.ast import Patchout
-
-    for method in ("convpass", "conformer_adapter"):
-        model = tuned("ast_tiny", method, band_stride=4, stride=8)
-        model.encoder.patchout = Patchout(columns=2, rows=1)
-        train(model)
-        with torch.no_grad():
-            assert torch.isfinite(model(sounds())).all()
-
-
-def test_patchout_with_holes_is_refused_where_neighbours_are_looked_at() -> None:
-    from speechkit.encoders.ast import Patchout
-
-    model = Model(encoder("ast_tiny"))
-    model.encoder.patchout = Patchout(patches=1)
-    with pytest.raises(ValueError, match=r"Convpass must see patches in columns and rows, but patchout.patches=1"):
-        build(node("convpass"), "model.tuning").apply(model)
+@pytest.mark.parametrize("patchout", [{"columns": 2, "rows": 1}, {"patches": 7}, {"columns": 1, "patches": 5}])
+@pytest.mark.parametrize("method", ["convpass", "conformer_adapter"])
+def test_neighbours_are_those_in_the_spectrogram_whatever_patchout_leaves(method: str, patchout: dict) -> None:
+    """What is left out counts as what is beyond the edge."""
+    model = tuned(
+        "ast_tiny", method, patchout={"_target_": "speechkit.encoders.ast.Patchout"} | patchout, band_stride=4
+    )
+    body, columns, rows = model.encoder, 5, model.encoder.rows
+    kept = body.train().patchout.draw(columns, rows, torch.device("cpu"))
+    grid, x = body.blocks[0].attention.adapter.grid, torch.randn(2, 2 + columns * rows, 3)
+    part = torch.cat([x[:, :2], x[:, 2:][:, kept]], 1)
+    tokens, holes = grid.open(part, torch.full((2,), part.shape[1]))
+    assert torch.equal(grid.close(tokens, holes), part)
+    there = torch.zeros(columns * rows, 1).index_fill(0, kept, 1.0)
+    assert torch.equal(holes.flatten(1, 2), x[:, 2:] * there)
+    body.eval()
+    tokens, whole = grid.open(x, torch.full((2,), x.shape[1]))
+    assert torch.equal(whole.flatten(1, 2), x[:, 2:]) and torch.equal(grid.close(tokens, whole), x)
+    train(model)
 
 
 @pytest.mark.parametrize("name", names("encoder"))

@@ -78,6 +78,8 @@ def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
     """
     model = ast.load_original(folder) if Path(folder).suffix in PICKLES else _of_folder(model_folder(folder))
     if weights != torch.float32:
+        if (tuning := getattr(model, "tuning", None)) is not None and tuning.merges:
+            tuning.merge(model)  # what reads a weight to change it would read the rounded one
         shrink(model, weights)
     return model.eval()
 

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from speechkit.encoders import AST, ChunkedEncoder
-from speechkit.encoders.ast import TOKENS
+from speechkit.encoders.ast import TOKENS, Patchout
 from speechkit.layers import DepthwiseConv, Linear
 from speechkit.stream import State, keep_valid
 from speechkit.tuning.adapters import Across, Frames, Lengths, narrow, silent
 
 
-class Grid:
-    """The columns and rows in which the patches of an `AST` lie behind its tokens."""
+class Noted:
+    """Patchout that knows what it drew last."""
 
-    def __init__(self, encoder: AST) -> None:
+    def __init__(self, patchout: Patchout) -> None:
+        self.patchout = patchout
+        self.kept: Tensor = torch.zeros(0)
+        self.columns = 0
+
+    def draw(self, columns: int, rows: int, device: torch.device) -> Tensor:
+        self.kept, self.columns = self.patchout.draw(columns, rows, device), columns
+        return self.kept
+
+
+class Grid:
+    """The columns and rows in which the patches of an `AST` lie behind its tokens.
+
+    Where patchout leaves patches out of a batch, there are zeros, as there are beyond the edge.
+    """
+
+    def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
+        if encoder.patchout is not None and not isinstance(encoder.patchout, Noted):
+            encoder.patchout = Noted(encoder.patchout)
 
     @property
-    def rows(self) -> int:
-        """Rows there are now; patchout leaves out some while training."""
-        out = self.encoder.patchout if self.encoder.training else None
-        return self.encoder.rows - (out.rows if out else 0)
+    def drawn(self) -> Noted | None:
+        return self.encoder.patchout if self.encoder.training else None
 
-    def split(self, x: Frames) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B U Q D"]]:
-        return x[:, :TOKENS], x[:, TOKENS:].unflatten(1, (-1, self.rows))
+    def open(self, x: Frames, lengths: Lengths) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B U Q D"]]:
+        """The tokens, and the patches in their places; those of padding are 0."""
+        tokens, patches = x[:, :TOKENS], keep_valid(x, lengths)[:, TOKENS:]
+        if self.drawn is not None:
+            places = patches.new_zeros(len(x), self.drawn.columns * self.encoder.rows, x.shape[2])
+            patches = places.index_copy(1, self.drawn.kept, patches)
+        return tokens, patches.unflatten(1, (-1, self.encoder.rows))
 
-
-def grid_of(encoder: AST, adapter: str) -> Grid:
-    if encoder.patchout is not None and encoder.patchout.patches:
-        raise ValueError(
-            f"{adapter} must see patches in columns and rows, but patchout.patches={encoder.patchout.patches} leaves "
-            f"holes in them; leave out whole ones with patchout.columns and patchout.rows."
-        )
-    return Grid(encoder)
+    def close(self, tokens: Float[Tensor, "B P D"], patches: Float[Tensor, "B U Q D"]) -> Frames:
+        """The other way round."""
+        patches = patches.flatten(1, 2)
+        if self.drawn is not None:
+            patches = patches.index_select(1, self.drawn.kept)
+        return torch.cat([tokens, patches], dim=1)
 
 
 class Convpass(Across):
@@ -64,13 +85,13 @@ class Convpass(Across):
                 f"Convpass must see the patches of an AST, but the encoder is a {type(encoder).__name__}; "
                 f"take tuning=conformer_adapter, which looks along time."
             )
-        self.grid = grid_of(encoder, "Convpass")
+        self.grid = Grid(encoder)
 
     def forward(self, x: Frames, lengths: Lengths, state: State | None = None) -> tuple[Frames, None]:
-        tokens, patches = self.grid.split(keep_valid(F.gelu(self.down(x)), lengths))
+        tokens, patches = self.grid.open(F.gelu(self.down(x)), lengths)
         tokens = self.conv(tokens.flatten(0, 1)[..., None, None]).view_as(tokens)
-        patches = self.conv(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        return self.up(F.gelu(torch.cat([tokens, patches], dim=1))), None
+        patches = self.conv(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.up(F.gelu(self.grid.close(tokens, patches))), None
 
 
 class TimeConvolution(Across):
@@ -95,7 +116,7 @@ class TimeConvolution(Across):
 
     def fit(self, encoder: nn.Module) -> None:
         if isinstance(encoder, AST):
-            self.grid, causal = grid_of(encoder, "TimeConvolution"), False
+            self.grid, causal = Grid(encoder), False
         elif isinstance(encoder, ChunkedEncoder):
             causal = encoder.context.streams
         else:
@@ -115,9 +136,10 @@ class TimeConvolution(Across):
 
     def _by_row(self, x: Frames, lengths: Lengths) -> Frames:
         assert self.grid is not None
-        tokens, patches = self.grid.split(x)
-        rows, columns = patches.shape[2], ((lengths - TOKENS) // patches.shape[2]).repeat_interleave(patches.shape[2])
-        alone, _ = self.depthwise(tokens.flatten(0, 1)[:, None], torch.ones_like(lengths).repeat_interleave(TOKENS))
-        along, _ = self.depthwise(patches.transpose(1, 2).flatten(0, 1), columns)
-        along = along.unflatten(0, (-1, rows)).transpose(1, 2).flatten(1, 2)
-        return torch.cat([alone.view_as(tokens), along], dim=1)
+        tokens, patches = self.grid.open(x, lengths)
+        alone = self._along(tokens.flatten(0, 1)[:, None]).view_as(tokens)
+        along = self._along(patches.transpose(1, 2).flatten(0, 1))  # [B Q, U, W]
+        return self.grid.close(alone, along.unflatten(0, (len(x), -1)).transpose(1, 2))
+
+    def _along(self, x: Float[Tensor, "R U W"]) -> Float[Tensor, "R U W"]:
+        return self.depthwise(x, x.new_full(x.shape[:1], x.shape[1], dtype=torch.long))[0]
