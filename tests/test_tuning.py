@@ -149,9 +149,8 @@ def test_a_tuned_encoder_streams_what_it_encodes(method: str, name: str) -> None
 @pytest.mark.parametrize("method", ["convpass", "conformer_adapter"])
 def test_neighbours_are_those_in_the_spectrogram_whatever_patchout_leaves(method: str, patchout: dict) -> None:
     """What is left out counts as what is beyond the edge."""
-    model = tuned(
-        "ast_tiny", method, patchout={"_target_": "speechkit.encoders.ast.Patchout"} | patchout, band_stride=4
-    )
+    patchout = {"_target_": "speechkit.encoders.ast.Patchout"} | patchout
+    model = tuned("ast_tiny", method, patchout=patchout, band_stride=4)
     body, columns, rows = model.encoder, 5, model.encoder.rows
     kept = body.train().patchout.draw(columns, rows, torch.device("cpu"))
     grid, x = body.blocks[0].attention.adapter.grid, torch.randn(2, 2 + columns * rows, 3)

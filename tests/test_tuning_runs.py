@@ -117,9 +117,8 @@ def test_rates_are_those_of_the_method_in_the_optimizer() -> None:
 
 def test_a_new_training_starts_from_a_tuned_model_that_merges(tags: Path, start: Path) -> None:
     first = run(tags, "first", f"init={start}", "tuning=dora", "trainer.max_steps=6", *SHORT)
-    again = run(
-        tags, "again", f"init={first}", "tuning=linear_probe", "optim.optimizer.lr=0", "trainer.max_steps=4", *SHORT
-    )
+    still = ["tuning=linear_probe", "optim.optimizer.lr=0", "trainer.max_steps=4"]
+    again = run(tags, "again", f"init={first}", *still, *SHORT)
     sound = tags.parents[3] / "dev1.wav"
     torch.testing.assert_close(speechkit.load(again).scores(sound), speechkit.load(first).scores(sound))
     beside = run(tags, "beside", f"init={start}", "tuning=bottleneck", "trainer.max_steps=4", *SHORT)
