@@ -1,6 +1,6 @@
 """Every fine-tuning method on one recipe: what it learns, what it trains, and what that takes.
 
-    python tools/bench_tuning.py CONFIG --init MODEL [--epochs 20] [--methods lora full ...] [--out FOLDER] [key=value ...]
+    python tools/bench_tuning.py CONFIG --init MODEL [--epochs 20] [--methods lora full ...] [--out FOLDER] [key=value]
 
 Each method of conf/tuning trains in a folder of its own, from the same model, with the rate of its own file; a method
 that cannot work in this encoder says so. The same command continues what was interrupted and trains nothing twice.
@@ -12,6 +12,7 @@ Time is of the training steps of an epoch, the thread's own on a CPU, the median
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Iterable
@@ -57,7 +58,7 @@ def known() -> list[str]:
 
 def bench(config: str, method: str, epochs: int, changes: list[str]) -> dict[str, Any]:
     """The row of a method; with nothing but ``refused`` where it cannot work."""
-    data = train.build(configs.compose(config, changes))[1]
+    _, data = built(configs.compose(config, changes))
     batches = len(data.train_batches(0))
     steps = epochs * batches
     schedule = [f"trainer.max_steps={steps}", f"optim.schedule.warmup={steps // 10}"]
@@ -71,10 +72,16 @@ def bench(config: str, method: str, epochs: int, changes: list[str]) -> dict[str
     return row | judged(settings)
 
 
+def built(settings: DictConfig) -> tuple[Any, Any]:
+    """Model and data, the config that a run keeps left as it is."""
+    settings = copy.deepcopy(settings)
+    train.complete(settings)
+    return train.build(settings)
+
+
 def measured(settings: DictConfig, batches: int) -> dict[str, Any]:
     """What a step takes, of a model that is thrown away."""
-    train.complete(settings)
-    model, data = train.build(settings)
+    model, data = built(settings)
     train.start(model, data, settings)
     configs.tune(model, settings.model.get("tuning"))
     task = configs.build(
@@ -110,7 +117,7 @@ def step(task: Any, optimizer: torch.optim.Optimizer, batch: TagBatch, number: i
 def judged(settings: DictConfig) -> dict[str, float]:
     """Accuracy, or mean average precision, of the model that a run left, on dev and on test."""
     model: Any = speechkit.load(settings.run)
-    data = train.build(settings)[1]
+    _, data = built(settings)
     sets = {"dev": data.dev_batches(), **{f"test {name}": data.test_batches(name) for name in data.test}}
     return {name: judge(model, batches) for name, batches in sets.items()}
 
