@@ -32,6 +32,7 @@ from speechkit.tuning import (
     blocks,
 )
 from speechkit.tuning.prompts import Gated, Prefixed
+from speechkit.types import EncoderOutput
 
 MERGED = ["lora", "dora", "scale_shift", "full", "linear_probe", "bitfit", "gradual"]
 RELATIVES: list[tuple[str, dict[str, Any]]] = [
@@ -197,6 +198,61 @@ def test_a_missing_peft_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "peft.mapping", None)
     with pytest.raises(ValueError, match=r"pip install 'speechkit\[peft\]'"):
         Peft()
+
+
+# Encoders of others
+
+
+class Foreign(nn.Module):
+    """An encoder of transformers on features, as small as its parts allow."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        import transformers
+
+        sizes = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 32}
+        if kind == "whisper":
+            sizes = {"d_model": 24, "encoder_attention_heads": 4, "encoder_layers": 2, "encoder_ffn_dim": 32}
+            config = transformers.WhisperConfig(**sizes, num_mel_bins=BANDS, max_source_positions=32)
+            self.body: Any = transformers.models.whisper.modeling_whisper.WhisperEncoder(config)
+        else:
+            config = transformers.Wav2Vec2Config(**sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+            self.body = transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2Encoder(config)
+        self.whisper, self.dim, self.stride = kind == "whisper", 24, 1
+
+    def forward(self, x: Tensor, lengths: Tensor) -> EncoderOutput:
+        frames = self.body(x.transpose(1, 2) if self.whisper else x).last_hidden_state
+        return EncoderOutput(frames, torch.full((len(x),), frames.shape[1]))
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+@pytest.mark.parametrize(
+    "method", ["full", "gradual", "bitfit", "layer_sum", "scale_shift", "lora", "dora", "bottleneck"]
+)
+def test_encoders_of_transformers_are_tuned_by_the_same_methods(kind: str, method: str) -> None:
+    model = Model(Foreign(kind))
+    described = node(method)
+    if kind == "whisper" and method == "bottleneck":
+        with pytest.raises(ValueError, match="but these have no feed_forward; leave it out of tuning.where"):
+            build(described, "model.tuning").apply(model)
+        described["where"] = ["attention"]
+    build(described, "model.tuning").apply(model)
+    model.tuning.every = 1
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.tuning.at(model, 10)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    train(model, steps=5)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    spared = {name for name in trained if "masked_spec" in name or "k_proj" in name}
+    assert moved <= trained and trained - moved <= spared
+
+
+@pytest.mark.parametrize(
+    "method", ["prefix", "gated_prefix", "prompt_deep", "soft_moa", "convpass", "conformer_adapter"]
+)
+def test_what_needs_our_own_attention_says_so_in_encoders_of_transformers(method: str) -> None:
+    with pytest.raises(ValueError, match="must .* but .*; "):
+        build(node(method), "model.tuning").apply(Model(Foreign("wav2vec2")))
 
 
 # Merging
