@@ -12,6 +12,7 @@ from tuning_cases import (
     BANDS,
     METHODS,
     Model,
+    described,
     distinct,
     encoder,
     names,
@@ -170,7 +171,7 @@ def test_the_places_of_every_encoder_are_found(name: str) -> None:
     body = encoder(name)
     assert len(blocks(body)) == 2
     assert len(sites(body, ["attention"])) == 2
-    assert len(sites(body, ["feed_forward"])) == (2 if name.startswith("ast") else 4)
+    assert len(sites(body, ["feed_forward"])) == (4 if "subsampling" in described(name) else 2)
     found = targets(body, ["attention", "feed_forward"])
     assert all(isinstance(body.get_submodule(target), nn.Linear) for target in found)
     assert not any("position" in target for target in found)

@@ -233,7 +233,7 @@ def test_encoders_of_transformers_are_tuned_by_the_same_methods(kind: str, metho
     model = Model(Foreign(kind))
     described = node(method)
     if kind == "whisper" and method == "bottleneck":
-        with pytest.raises(ValueError, match="but these have no feed_forward; leave it out of tuning.where"):
+        with pytest.raises(ValueError, match="but these have no feed_forward; leave it out of"):
             build(described, "model.tuning").apply(model)
         described["where"] = ["attention"]
     build(described, "model.tuning").apply(model)
@@ -251,7 +251,7 @@ def test_encoders_of_transformers_are_tuned_by_the_same_methods(kind: str, metho
     "method", ["prefix", "gated_prefix", "prompt_deep", "soft_moa", "convpass", "conformer_adapter"]
 )
 def test_what_needs_our_own_attention_says_so_in_encoders_of_transformers(method: str) -> None:
-    with pytest.raises(ValueError, match="must .* but .*; "):
+    with pytest.raises(ValueError, match=r"must .* but .*; "):
         build(node(method), "model.tuning").apply(Model(Foreign("wav2vec2")))
 
 
@@ -457,6 +457,20 @@ def test_a_sum_of_layers_can_be_all_of_one_layer() -> None:
     with torch.no_grad():
         model.encoder.mixture.weights[-1] = 100.0
         torch.testing.assert_close(model(sounds()), plain(sounds()))
+
+
+def test_a_prefix_refuses_an_attention_that_does_more_than_it_knows() -> None:
+    class Louder(Softmax):
+        """Twice as much."""
+
+        def forward(self, *args: Any) -> Any:
+            y, state = super().forward(*args)
+            return 2 * y, state
+
+    model = Model(encoder("ast_tiny"))
+    blocks(model.encoder)[1].attention.__class__ = Louder
+    with pytest.raises(ValueError, match="Prefix must know all that an attention does, but AST has Louder"):
+        Prefix().apply(model)
 
 
 @pytest.mark.parametrize("method", [Prefix(), GatedPrefix()])

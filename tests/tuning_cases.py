@@ -16,13 +16,6 @@ from speechkit.types import EncoderOutput
 
 BANDS = 24
 CLASSES = 3
-REFUSED = {  # methods, and the encoders that they say they cannot work in
-    "convpass": "chunked",
-    "prefix": "chunked",
-    "prompt_deep": "chunked",
-    "prompt_shallow": "chunked",
-    "soft_moa": "streaming",
-}
 
 
 def names(group: str) -> list[str]:
@@ -41,7 +34,10 @@ class Model(nn.Module):
         self.head = nn.Linear(encoder.dim, CLASSES)
 
     def heard(self, x: Tensor, lengths: Tensor | None = None) -> EncoderOutput:
-        return self.encoder(x, torch.full((len(x),), x.shape[1]) if lengths is None else lengths)
+        lengths = torch.full((len(x),), x.shape[1]) if lengths is None else lengths
+        if hasattr(self.encoder, "convolutions"):  # its features are samples
+            return self.encoder(x.flatten(1)[..., None], lengths * BANDS)
+        return self.encoder(x, lengths)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         heard = self.heard(x, lengths)
@@ -61,8 +57,12 @@ def described(name: str) -> dict[str, Any]:
         overrides = [f"+encoder={name}", "+attention=relative", f"+model.features.mel.bands={BANDS}"]
         node = plain(hydra.compose(overrides=overrides).model.encoder)
     if node["_target_"].endswith(".AST"):
-        return node | {"dim": 24, "heads": 4, "layers": 2, "frames": 96, "features": BANDS}
-    node["subsampling"]["channels"] = 8
+        node |= {"frames": 96, "features": BANDS}
+    if "subsampling" in node:
+        node["subsampling"]["channels"] = 8
+    if "convolutions" in node:
+        node["convolutions"] |= {"channels": [8, 8], "kernels": [8, 4], "strides": [8, 4]}
+        node |= {"position_kernel": 8, "position_groups": 4}
     return node | {"dim": 24, "heads": 4, "layers": 2}
 
 
@@ -99,9 +99,14 @@ def tuned(name: str, method: str, **changes: Any) -> Model:
 
 
 def refused(name: str, method: str) -> bool:
-    kind, context = REFUSED.get(method), described(name).get("context") or {}
-    chunked = not described(name)["_target_"].endswith(".AST")
-    return chunked and (kind == "chunked" or (kind == "streaming" and bool(context.get("chunk"))))
+    """Whether a method must say that it cannot work in an encoder."""
+    node = described(name)
+    ast, chunked = node["_target_"].endswith(".AST"), "subsampling" in node
+    return {
+        "convpass": not ast,
+        "conformer_adapter": not (ast or chunked),
+        "soft_moa": bool((node.get("context") or {}).get("chunk")),
+    }.get(method, chunked and method in ("prefix", "prompt_deep", "prompt_shallow"))
 
 
 def sounds(count: int = 3, frames: int = 64, seed: int = 1) -> Tensor:

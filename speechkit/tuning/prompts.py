@@ -76,6 +76,11 @@ class Prefix(Tuning):
 
     def adapt(self, encoder: nn.Module) -> None:
         for site in _softmax(encoder, "Prefix"):
+            if type(site.part) is not Softmax:
+                raise ValueError(
+                    f"Prefix must know all that an attention does, but {type(encoder).__name__} has "
+                    f"{type(site.part).__name__}; take tuning=gated_prefix."
+                )
             if hasattr(encoder, "context"):
                 raise ValueError(
                     f"Prefix must be in an encoder of whole utterances, but {type(encoder).__name__} can be told to "
