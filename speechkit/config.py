@@ -94,8 +94,8 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         ValueError: naming the file or key that is not there or not of its type, and what could have been meant.
     """
     file = _find(Path(path))
-    changes = [_change(override, file) for override in overrides]
     try:
+        changes = [_change(override, file) for override in overrides]
         with hydra.initialize_config_dir(str(file.parent.resolve()), version_base="1.3"):
             home = str(catalogue().resolve()).replace("'", r"\'")
             search = f"hydra.searchpath=['file://{home}']"

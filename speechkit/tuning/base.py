@@ -34,8 +34,9 @@ class Tuning:
                 f"A model must be plain to be tuned by {type(self).__name__}, but this one is tuned by "
                 f"{type(model.tuning).__name__}; merge that first, or continue with the same method."
             )
-        for part in filter(None, (model.features, model.encoder)):
-            part.requires_grad_(False)
+        for part in (model.features, model.encoder):
+            if part is not None:
+                part.requires_grad_(False)
         self.adapt(model.encoder)
         model.tuning = self
 

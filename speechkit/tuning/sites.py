@@ -48,7 +48,7 @@ def blocks(encoder: nn.Module) -> nn.ModuleList:
     if not longest:
         raise ValueError(
             f"A fine-tuning method must find blocks with attention in an encoder, but {type(encoder).__name__} has no "
-            f"list of such; train all of it with tuning=full, or none of it with tuning=linear_probe."
+            f"list of such; train all of it with tuning=none, or none of it with tuning=linear_probe."
         )
     return longest
 
