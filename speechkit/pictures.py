@@ -1,18 +1,21 @@
-"""Pictures of a training: what the model heard and where, and how the run went."""
+"""Pictures: what a model heard and where, what it mistook for what, and how a training went."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from speechkit.types import Seconds
 
 INK, SOFT, SIGNAL, WARM = "#20262e", "#9aa4b1", "#0b6e99", "#d9572b"
+MEASURES = {"wer": "word error rate", "accuracy": "accuracy", "mAP": "mean average precision"}
+"""What dev may be judged by, by the beginning of its name in ``dev.csv``: shares of 1."""
 
 
 def heard(
@@ -50,28 +53,101 @@ def heard(
     return figure
 
 
+def explained(
+    features: Float[np.ndarray, "T F"],
+    heat: Float[np.ndarray, "T F"],
+    tags: Sequence[tuple[str, float]],
+    times: tuple[Seconds, Seconds],
+    title: str,
+    how: str,
+) -> Figure:
+    """A spectrogram, the same with what a tagger looked at over it, and its labels beside them.
+
+    Args:
+        features: log-mel frames, normalised or not.
+        heat: how much each of them counts; where it is least, nothing is drawn.
+        tags: labels and scores, highest first.
+        times: where they begin and end.
+        title: for example the name of the file.
+        how: what ``heat`` is.
+    """
+    figure = Figure(figsize=(min(20.0, max(9.0, 4.5 + 0.7 * (times[1] - times[0]))), 5.2), layout="constrained")
+    axes = figure.subplot_mosaic([["heard", "tags"], ["seen", "tags"]], width_ratios=[3, 1])
+    above, below, right = axes["heard"], axes["seen"], axes["tags"]
+    low, high = np.percentile(features, [2, 99.5])
+    shown: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": (*times, 0.0, float(features.shape[1]))}
+    above.imshow(features.T, cmap="magma", vmin=low, vmax=high, **shown)
+    below.imshow(features.T, cmap="gray_r", vmin=low, vmax=high, **shown)
+    least, most = np.percentile(heat, [5, 99.5])
+    strength = np.clip((heat - least) / max(most - least, 1e-12), 0, 1).T
+    below.imshow(strength, cmap="autumn_r", vmin=0, vmax=1, alpha=0.85 * strength, interpolation="bilinear", **shown)
+    above.set(ylabel="mel band", xticklabels=[])
+    below.set(ylabel="mel band", xlabel="seconds")
+    above.set_title(title, loc="left", fontsize=10, color=INK)
+    below.set_title(how, loc="left", fontsize=10, color=INK)
+    rows = np.arange(len(tags))[::-1]
+    right.barh(rows, [score for _, score in tags], color=SIGNAL, height=0.3)
+    for row, (label, score) in zip(rows, tags, strict=True):
+        right.text(0.0, row + 0.2, f"{score:.2f}  {label}", va="bottom", fontsize=9, color=INK)
+    right.set(xlim=(0, 1), ylim=(-0.5, len(tags) - 0.3), yticks=[], xticks=[0, 0.5, 1])
+    _bare(above, below, right)
+    right.spines["left"].set_visible(False)
+    return figure
+
+
+def confusion(counts: Int[np.ndarray, "C C"], labels: Sequence[str], title: str) -> Figure:
+    """How often each class (row) was heard as each (column): shares of a row as colours, and the counts.
+
+    Up to fifty classes and more can be read: names and counts get smaller, and no count of 0 is written.
+    """
+    count = len(labels)
+    size = max(3.2, min(0.62, 0.18 + 4 / count) * count)
+    figure = Figure(figsize=(size + 2.2, size + 1.6), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    small = 9 if count <= 12 else 6.5
+    for row, column in np.argwhere(counts):
+        color = "white" if shares[row, column] > 0.5 else INK
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=small, color=color)
+    axes.set_xticks(range(count), labels, rotation=90 if count > 6 else 0, fontsize=small + 0.5)
+    axes.set_yticks(range(count), labels, fontsize=small + 0.5)
+    axes.set_xticks(np.arange(1, count) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
+    axes.grid(which="minor", color=SOFT, alpha=0.3, linewidth=0.4)
+    axes.tick_params(which="minor", length=0)
+    axes.set(xlabel="heard as", ylabel="is")
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    for spine in axes.spines.values():
+        spine.set_color(SOFT)
+    return figure
+
+
 def curve(folder: str | Path) -> Figure:
-    """The losses of a run folder's ``train.csv`` and ``dev.csv``, and below them the word error rates."""
+    """The losses of a run folder's ``train.csv`` and ``dev.csv``, and below them what dev was judged by."""
     train, dev = (_columns(Path(folder, name)) for name in ("train.csv", "dev.csv"))
-    figure = Figure(figsize=(7.5, 6.0), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    judged = {name: title for name in dev for start, title in MEASURES.items() if name.startswith(start)}
+    figure = Figure(figsize=(7.5, 6.0 if judged else 3.6), layout="constrained")
+    above, *below = figure.subplots(2 if judged else 1, 1, sharex=True, squeeze=False)[:, 0]
     if train:
         above.plot(train["step"], train["loss"], color=SOFT, linewidth=0.6, alpha=0.6)
         above.plot(train["step"], _smooth(train["loss"]), color=SIGNAL, linewidth=1.6, label="train, smoothed")
-        above.set_yscale("log")
+        if (train["loss"] > 0).all():
+            above.set_yscale("log")
     if dev:
         above.plot(dev["step"], dev["loss"], color=WARM, marker="o", markersize=3, linewidth=1.4, label="dev")
-    rates = [name for name in dev if name.startswith("wer")]
-    for name, color in zip(rates, (WARM, SIGNAL, INK), strict=False):
-        below.plot(dev["step"], 100 * dev[name], "o-", color=color, markersize=3, linewidth=1.4, label=name)
     above.set(ylabel="loss")
-    below.set(ylabel="word error rate in %", xlabel="optimizer step")
-    below.set_ylim(0, max([1.0, *(105 * dev[name].max() for name in rates)]))
-    for axes in (above, below):
+    for axes in below:
+        for name, color in zip(judged, (WARM, SIGNAL, INK), strict=False):
+            axes.plot(dev["step"], 100 * dev[name], "o-", color=color, markersize=3, linewidth=1.4, label=name)
+        axes.set(ylabel=f"{', '.join(dict.fromkeys(judged.values()))} in %")
+        axes.set_ylim(0, max([1.0, *(105 * dev[name].max() for name in judged)]))
+    for axes in (above, *below):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
         axes.grid(axis="y", color=SOFT, alpha=0.25, linewidth=0.6)
-    _bare(above, below)
+        axes.set_xlabel("optimizer step" if axes is (above, *below)[-1] else "")
+    _bare(above, *below)
     return figure
 
 

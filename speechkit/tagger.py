@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from speechkit import events
 from speechkit.features import FrontEnd, blocks
 from speechkit.heads import Head, Summary
 from speechkit.recogniser import Audio, evaluating, samples_of
-from speechkit.stream import keep_valid
-from speechkit.types import FeatureOutput, Seconds
+from speechkit.stream import ceil_div, keep_valid
+from speechkit.types import EncoderOutput, Event, FeatureOutput, Seconds
 
 BLOCK: Seconds = 10.0  # of a file, read at once
 
@@ -25,6 +26,15 @@ class Tag(NamedTuple):
 
     label: str
     score: float
+
+
+class Piece(NamedTuple):
+    """At most ``Tagger.frames`` feature frames of a recording, and what the encoder made of them."""
+
+    start: int  # feature frames from the beginning of the recording
+    length: int  # of them that are real; the rest is filled up
+    features: Float[Tensor, "1 T F"]
+    encoded: EncoderOutput
 
 
 class Tagger(nn.Module):
@@ -98,38 +108,115 @@ class Tagger(nn.Module):
         Raises:
             ValueError: where the tagger has no front end, the recording cannot be read, or is shorter than one frame.
         """
-        scores = self.scores(audio)
+        return self.best(self.scores(audio), top)
+
+    def best(self, scores: Float[Tensor, "C"], top: int) -> tuple[Tag, ...]:
+        """The classes of highest score, highest first."""
         best = scores.topk(min(top, len(self.labels)))
         return tuple(Tag(self.labels[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     @torch.inference_mode()
     def scores(self, audio: Audio) -> Float[Tensor, "C"]:
         """The score of every class in a recording, in the order of ``labels``; as `tag`."""
-        with evaluating(self):
-            return torch.stack([self._scores(*piece) for piece in self._pieces(audio)]).mean(0)
+        return torch.stack([self.score(piece) for piece in self.pieces(audio)]).mean(0)
 
-    def _scores(self, frames: Float[Tensor, "T F"], count: int) -> Float[Tensor, "C"]:
+    @torch.inference_mode()
+    def clip_scores(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B C"]:
+        """`scores` of many clips, together where none is longer than ``frames``."""
+        frames, counts = self.hear(samples, lengths)
+        if frames.shape[1] > self.frames:
+            return torch.stack([self.scores(clip[:n]) for clip, n in zip(samples.cpu(), lengths.tolist(), strict=True)])
+        return self.probabilities(self.logits(frames, None if self.filled else counts).float()).cpu()
+
+    @torch.inference_mode()
+    def score(self, piece: Piece) -> Float[Tensor, "C"]:
+        """The score of every class in a piece of a recording."""
+        return self.probabilities(self.head(piece.encoded)[0].float()).cpu()
+
+    @torch.inference_mode()
+    def events(
+        self,
+        audio: Audio,
+        *,
+        threshold: float = 0.5,
+        low: float | None = None,
+        median: Seconds = 0.3,
+        progress: Callable[[Seconds], None] | None = None,
+    ) -> tuple[Event, ...]:
+        """The classes heard in a recording of any length, with their times in it, in order.
+
+        Args:
+            threshold: the score of a frame of an event, above 0 and below 1.
+            low: the score at which an event, having reached ``threshold``, begins and ends; ``threshold`` unless given.
+            median: scores are the medians over so long; 0 is as they are.
+            progress: as of `pieces`.
+
+        Raises:
+            ValueError: as `tag`, or for a threshold that is none.
+        """
+        scores, seconds, total = self.frame_scores(self.pieces(audio, progress))
+        return events.found(
+            scores, self.labels, seconds, total=total, threshold=threshold, low=low, width=round(median / seconds)
+        )
+
+    @torch.inference_mode()
+    def frame_scores(self, pieces: Iterable[Piece]) -> tuple[Float[Tensor, "U C"], Seconds, Seconds]:
+        """The score of every class in each encoder frame of a recording, how long one is, and how long the recording.
+
+        Where pieces overlap, the mean; frames that no piece reaches have the scores of those before them.
+        """
+        stride = self.encoder.stride
+        rows = [(piece.start, piece.length, self._frame_scores(piece)) for piece in pieces]
+        total = max(start + count for start, count, _ in rows)
+        found = events.joined([(round(start / stride), scores) for start, _, scores in rows], ceil_div(total, stride))
+        return found, stride * self.seconds(1), self.seconds(total)
+
+    def seconds(self, frames: int) -> Seconds:
+        """How long so many feature frames are."""
+        return frames * self._front().hop / self.sample_rate
+
+    def _frame_scores(self, piece: Piece) -> Float[Tensor, "U C"]:
+        real = min(int(piece.encoded.lengths), ceil_div(piece.length, self.encoder.stride))
+        return self.probabilities(self.head.frames(piece.encoded)[0, :real].float()).cpu()
+
+    @torch.no_grad()
+    def pieces(self, audio: Audio, progress: Callable[[Seconds], None] | None = None) -> Iterator[Piece]:
+        """A recording in pieces of ``frames`` feature frames, the last of which overlaps the one before; or all of it.
+
+        Args:
+            progress: called with how much of the recording was heard, after each piece.
+
+        Raises:
+            ValueError: as `tag`.
+        """
         device = next(self.head.parameters()).device
-        heard = self._normalised(frames[None].to(device), torch.tensor([count], device=device))
-        lengths = None if self.filled else heard.lengths
-        return self.probabilities(self.logits(heard.frames, lengths)[0].float()).cpu()
+        with evaluating(self):
+            for start, frames in self._cut(audio):
+                count = torch.tensor([len(frames)], device=device)
+                heard = self._normalised(frames[None].to(device), count)
+                encoded = self.encoder(heard.frames, None if self.filled else heard.lengths)
+                yield Piece(start, len(frames), heard.frames, encoded)
+                if progress:
+                    progress(self.seconds(start + len(frames)))
 
-    def _pieces(self, audio: Audio) -> Iterator[tuple[Float[Tensor, "T F"], int]]:
-        """Pieces of at most ``frames`` feature frames that together are the recording, in memory for two of them."""
-        front = self._front()
+    def _cut(self, audio: Audio) -> Iterator[tuple[int, Float[Tensor, "T F"]]]:
+        """Where each piece begins, and its frames; no more than two pieces are in memory."""
+        front, start = self._front(), 0
         last = heard = torch.zeros(0, front.dim)
         for frames in self._read(audio, front):
             heard = torch.cat([heard, frames])
             while len(heard) > self.frames:
                 last, heard = heard[: self.frames], heard[self.frames :]
-                yield last, self.frames
+                yield start, last
+                start += self.frames
         if not len(heard):
             raise ValueError(
                 f"The recording must have at least {front.mel.window} samples, one feature frame, but is shorter; "
                 f"record it again, or put silence behind it."
             )
+        ends = start + len(heard)
         heard = torch.cat([last, heard])[-self.frames :]
-        yield heard, len(heard)
+        yield ends - len(heard), heard
 
     def _front(self) -> FrontEnd:
         if self.features is None:

@@ -88,6 +88,15 @@ class Word:
     confidence: float
 
 
+class Event(NamedTuple):
+    """A sound with the time it was heard, and how sure one is of it, 0 to 1."""
+
+    label: str
+    start: Seconds
+    end: Seconds
+    score: float = 1.0
+
+
 @dataclass(frozen=True)
 class Transcript:
     """The text of a recording, its words, and how long the recording is."""

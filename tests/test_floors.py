@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
-    ("features", "testing", "kernels", "traced", "graphs", "vad"),
+    ("features", "events", "testing", "kernels", "traced", "graphs", "vad"),
     ("steps",),
     ("data", "cut"),
     ("layers",),
@@ -26,7 +26,7 @@ FLOORS = (
     ("objectives", "heads", "search", "metrics", "tuning"),
     ("config", "recogniser"),
     ("tagger",),
-    ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures"),
+    ("tasks", "datamodule", "session", "pretrained", "checkpoints", "pictures", "explain"),
     ("app",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

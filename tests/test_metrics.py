@@ -104,7 +104,7 @@ def test_an_alignment_without_errors_has_no_marks() -> None:
 
 
 def test_the_example_in_the_documentation_is_true() -> None:
-    assert doctest.testmod(metrics).failed == 0
+    assert doctest.testmod(metrics.words).failed == 0
 
 
 @pytest.mark.parametrize("count", [word_errors, char_errors])

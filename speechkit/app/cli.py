@@ -19,6 +19,7 @@ examples:
   speechkit evaluate runs/demo --search greedy rescored --chunk-ms 320 640
   speechkit transcribe runs/demo a.wav b.flac --json
   speechkit transcribe runs/demo talk.mp3 --vad --out talks --format text srt
+  speechkit tag runs/tags street.wav --events
   speechkit stream runs/demo --mic
   speechkit serve runs/demo
 
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
-    for add in (_prepare, _train, _evaluate, _transcribe, _stream, _serve):
+    for add in (_prepare, _train, _evaluate, _transcribe, _tag, _stream, _serve):
         add(verbs, common)
     return parser
 
@@ -89,7 +90,7 @@ def _train(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
 
 
 def _evaluate(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    verb = _verb(verbs, common, "evaluate", "word and character error rates of runs, in one table")
+    verb = _verb(verbs, common, "evaluate", "how wrong runs are, in one table: recognisers by words, taggers by labels")
     verb.add_argument(
         "inputs",
         nargs="+",
@@ -101,8 +102,10 @@ def _evaluate(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
     verb.add_argument("--search", nargs="+", metavar="NAME", help="files of conf/search/; the model's own unless given")
     verb.add_argument("--stream", action="store_true", help="also streamed, in the model's own chunks")
     verb.add_argument("--chunk-ms", nargs="+", type=_milliseconds, metavar="N", help="also streamed, in chunks of N ms")
-    verb.add_argument("--batch", type=_count, default=16, metavar="N", help="utterances at a time (default 16)")
-    verb.add_argument("--worst", type=int, default=3, metavar="N", help="worst utterances to show (default 3)")
+    verb.add_argument(
+        "--batch", type=_count, default=16, metavar="N", help="utterances or clips at a time (default 16)"
+    )
+    verb.add_argument("--worst", type=int, default=3, metavar="N", help="worst utterances or clips to show (default 3)")
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a row instead of the table")
     verb.set_defaults(run=_lazy("evaluate", "evaluate"))
 
@@ -135,6 +138,22 @@ def _transcribe(verbs: argparse._SubParsersAction, common: argparse.ArgumentPars
         help="what is written to FOLDER: text, json, srt, vtt (default text)",
     )
     verb.set_defaults(run=_lazy("transcribe", "transcribe"))
+
+
+def _tag(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
+    verb = _verb(verbs, common, "tag", "audio files in, labels out: what is heard in them, and when")
+    verb.add_argument("model", metavar="MODEL")
+    verb.add_argument("files", nargs="+", metavar="FILE")
+    verb.add_argument("--top", type=_count, default=5, metavar="N", help="labels of highest score (default 5)")
+    verb.add_argument(
+        "--threshold", type=_share, metavar="P", help="only labels with this score, 0 to 1; of events 0.5 unless given"
+    )
+    verb.add_argument("--events", action="store_true", help="a line for each event: when a label begins and ends")
+    verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
+    verb.add_argument(
+        "--explain", metavar="FOLDER", help="also write a picture of each file: where in its spectrogram that is heard"
+    )
+    verb.set_defaults(run=_lazy("tag", "tag"))
 
 
 def _stream(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
@@ -211,6 +230,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, but is {text}")
+    return value
 
 
 def _milliseconds(text: str) -> float:

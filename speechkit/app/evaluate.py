@@ -1,4 +1,7 @@
-"""``speechkit evaluate``: runs times test sets times searches times whole or streamed, in one table."""
+"""``speechkit evaluate``: runs times test sets times searches times whole or streamed, in one table.
+
+Taggers are evaluated by `speechkit.app.evaluate_tags`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from speechkit import config as configs
+from speechkit.app import evaluate_tags
+from speechkit.app.sets import Sets, home, is_run, manifests, own
 from speechkit.app.transcribe import groups, ready, search_of, seconds
-from speechkit.data.corpora import Cut, Source, text_of
+from speechkit.data.corpora import Cut, text_of
 from speechkit.data.loading import load as load_samples
 from speechkit.metrics import alignment, char_errors, word_errors
-from speechkit.pretrained import model_folder
+from speechkit.pretrained import load
 from speechkit.recogniser import Recogniser
 from speechkit.search import Search
 from speechkit.session import Session, live_context, transcribe
 from speechkit.stream import Context
+from speechkit.tagger import Tagger
 from speechkit.text import normalise
 from speechkit.types import Seconds, Transcript
 
 WIDTH = 150  # of a table in a file or a pipe
-Sets = dict[str, list[Cut]]
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,26 @@ def evaluate(
     worst: int = 3,
     as_json: bool = False,
 ) -> int:
-    """Evaluate every run on every set and print the table; each hypothesis is written to ``RUN/evaluate``.
+    """Evaluate every run on every set and print the table; what was heard is written to ``RUN/evaluate``.
 
-    Texts are normalised before they are compared. The exit status is 1 if an utterance could not be read.
+    Runs are recognisers, or all of them taggers. Texts are normalised before they are compared. The exit status is 1 if
+    an utterance could not be read.
 
     Raises:
         ValueError: before anything is evaluated, for an input, a search or a chunk that cannot be used.
     """
-    runs = [name for name in inputs if _is_run(name)]
-    manifests = [name for name in inputs if name not in runs]
+    runs = [name for name in inputs if is_run(name)]
+    named = [name for name in inputs if name not in runs]
     if not runs:
         raise ValueError(f"A run must be among {', '.join(inputs)}, but none of them holds a model; name one first.")
-    jobs = list(_jobs(runs, _manifests(manifests, split), search or [None], stream, chunk_ms or []))
+    if isinstance(load(runs[0]), Tagger):
+        if search or stream or chunk_ms:
+            raise ValueError(
+                f"{runs[0]} holds a tagger, which searches nothing and hears clips whole, but --search, --stream "
+                f"or --chunk-ms is given; leave it out."
+            )
+        return evaluate_tags.evaluate(runs=runs, named=named, split=split, batch=batch, worst=worst, as_json=as_json)
+    jobs = list(_jobs(runs, manifests(named, split), search or [None], stream, chunk_ms or []))
     rows, wrong, faults = [], [], 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         for job in jobs:
@@ -154,7 +165,7 @@ def _jobs(
         model = ready(run)
         streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or [live_context(model)] * stream
         found = [(name or _snake(type(model.search).__name__), search_of(model, name)) for name in searches]
-        for name, cuts in (given or _own(run)).items():
+        for name, cuts in (given or own(run)).items():
             ways = [(*search, context) for search in found for context in (None, *streamed)]
             for number, way in enumerate(ways):
                 yield _Job(run, name, cuts, model, *way, first=not number)
@@ -162,42 +173,6 @@ def _jobs(
 
 def _snake(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-
-
-def _is_run(name: str) -> bool:
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return False
-    model_folder(name)  # says what is wrong with it
-    return True
-
-
-def _manifests(paths: Sequence[str], split: str | None) -> Sets:
-    """Cuts by the name of the set: the last two parts of its path."""
-    sets: Sets = {}
-    for path in paths:
-        short = "/".join(Path(path).with_suffix("").parts[-2:])
-        name = (path if short in sets else short) + (f":{split}" if split else "")
-        sets[name] = list(Source(path=path, split=split).cuts())
-    return sets
-
-
-def _own(run: str) -> Sets:
-    """The test sets of the run's own config; one whose manifest is absent is left out, unless none is left then."""
-    path = _home(run) / "config.yaml"
-    nodes = configs.plain(configs.load(path))["data"].get("test") if path.is_file() else None
-    if not nodes:
-        raise ValueError(f"{run} must name test sets in {path}, but has none; name a manifest behind the run.")
-    sources = {name: configs.build(node, f"data.test.{name}") for name, node in nodes.items()}
-    there = {name: source for name, source in sources.items() if Path(source.path).is_file()}
-    for name in sources.keys() - there.keys() if there else ():
-        print(f"speechkit: {sources[name].path} is not there, so {run} is not evaluated on {name}.", file=sys.stderr)
-    return {name: list(source.cuts()) for name, source in (there or sources).items()}
-
-
-def _home(run: str) -> Path:
-    """The run around a model folder, or the model folder where it is alone."""
-    model = model_folder(run)
-    return model.parent if model.name.strip(".").startswith("model") else model
 
 
 def _write(job: _Job, readings: Sequence[Reading], spent: Seconds) -> Row:
@@ -218,7 +193,7 @@ def _write(job: _Job, readings: Sequence[Reading], spent: Seconds) -> Row:
         seconds=round(audio, 3),
         rtf=round(spent / audio, 5),
     )
-    folder = _home(job.run) / "evaluate"
+    folder = home(job.run) / "evaluate"
     folder.mkdir(exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", f"{job.set}-{job.searched}-{job.heard}").strip("-")
     (folder / f"{name}.json").write_text(json.dumps(asdict(row), ensure_ascii=False, indent=2) + "\n")

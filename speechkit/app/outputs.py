@@ -5,12 +5,45 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from speechkit.app.formats import FORMATS, SUFFIXES, json_line, table
 from speechkit.types import Transcript, Word
+
+
+class Faults:
+    """Recordings that cannot be used: a sentence each on stderr, and how many there were."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as fault:
+            self.count += 1
+            print(f"speechkit: {fault}", file=sys.stderr)
+
+
+def make(folder: Path, files: Sequence[str], suffix: str) -> None:
+    """Make the folder in which each recording is to have a file of its name and this suffix.
+
+    Raises:
+        ValueError: where two of them would be one.
+    """
+    names: dict[str, str] = {}
+    for file in files:
+        other = names.setdefault(Path(file).stem, file)
+        if other != file:
+            raise ValueError(
+                f"Recordings written to one folder must have different names, but {other} and {file} would both be "
+                f"{folder / Path(file).stem}{suffix}; give them folders of their own."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 class Printed:
@@ -38,15 +71,7 @@ class Folder:
 
     def __init__(self, folder: str, files: Sequence[str], formats: Sequence[str]) -> None:
         self.folder, self.formats = Path(folder), formats
-        names: dict[str, str] = {}
-        for file in files:
-            other = names.setdefault(Path(file).stem, file)
-            if other != file:
-                raise ValueError(
-                    f"Recordings written to one folder must have different names, but {other} and {file} would both be "
-                    f"{self.folder / Path(file).stem}{SUFFIXES[formats[0]]}; give them folders of their own."
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make(self.folder, files, SUFFIXES[formats[0]])
 
     def paths(self, file: str) -> dict[str, Path]:
         return {name: self.folder / (Path(file).stem + SUFFIXES[name]) for name in self.formats}

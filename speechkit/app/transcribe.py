@@ -12,7 +12,6 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from speechkit import __version__, audio, features
-from speechkit.app.outputs import Folder, Printed
+from speechkit.app.outputs import Faults, Folder, Printed
 from speechkit.app.progress import Progress
 from speechkit.config import build, catalogue
 from speechkit.config import load as load_yaml
@@ -68,9 +67,9 @@ def transcribe(
             if clip is not None:
                 output(file, next(transcripts), rtf)
             else:
-                with readable.reporting():
+                with readable.faults.reporting():
                     _long(file, ears, output, {"search": search, "vad": vad, "batch": batch})
-    return 1 if readable.faults else 0
+    return 1 if readable.faults.count else 0
 
 
 def _output(
@@ -188,20 +187,12 @@ def groups(items: Iterable, size: int) -> Iterator[list]:
 
 
 class _Reading:
-    """The files that can be read, with their samples where they are short; faults are counted and said on stderr."""
+    """The files that can be read, with their samples where they are short."""
 
     def __init__(self, files: Iterable[str], ears: _Ears) -> None:
-        self.files, self.ears, self.faults = files, ears, 0
+        self.files, self.ears, self.faults = files, ears, Faults()
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray | None]]:
         for file in self.files:
-            with self.reporting():
+            with self.faults.reporting():
                 yield file, self.ears.read(file)
-
-    @contextmanager
-    def reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError) as fault:
-            self.faults += 1
-            print(f"speechkit: {fault}", file=sys.stderr)

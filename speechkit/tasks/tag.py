@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -94,8 +95,8 @@ class Tag(Task):
         if self.spec_augment is not None:
             frames = self.spec_augment(frames, counts)
         self._meter.frames += counts.sum()
-        logits = self.model.logits(frames, None if self.model.filled else counts)
-        return {"loss": self.loss(logits, mix(targets, share, partner))}
+        encoded = self.model.encoder(frames, None if self.model.filled else counts)
+        return self.model.head.learn(encoded, partial(self.loss, targets=mix(targets, share, partner)))
 
     def smooth(self, targets: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
         even = 1 / targets.shape[1] if self.model.exclusive else 0.5
@@ -112,18 +113,10 @@ class Tag(Task):
 
     def validation_step(self, batch: TagBatch, index: int) -> Float[Tensor, "B C"]:
         """The scores of the clips, the long ones heard piece by piece."""
-        scores = self._scored(batch)
+        scores = self.model.clip_scores(batch.samples, batch.sample_lengths)
         self._scores.append(scores)
         self._targets.append(batch.targets.cpu())
         return scores
-
-    def _scored(self, batch: TagBatch) -> Float[Tensor, "B C"]:
-        frames, counts = self.model.hear(batch.samples, batch.sample_lengths)
-        if frames.shape[1] <= self.model.frames:
-            logits = self.model.logits(frames, None if self.model.filled else counts)
-            return self.model.probabilities(logits.float()).cpu()
-        clips = zip(batch.samples.cpu(), batch.sample_lengths.tolist(), strict=True)
-        return torch.stack([self.model.scores(samples[:length]) for samples, length in clips])
 
     def on_validation_epoch_end(self) -> None:
         scores, targets = (torch.cat(self.from_all(rows)) for rows in (self._scores, self._targets))

@@ -1,0 +1,224 @@
+"""``speechkit evaluate`` of taggers: runs times test sets in one table, a report of each class, a confusion matrix."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from speechkit import pictures
+from speechkit.app.outputs import Faults
+from speechkit.app.sets import home, manifests, own
+from speechkit.app.tag import ready
+from speechkit.app.tag_reports import Interval, Row, classes, finite, report, table
+from speechkit.app.transcribe import groups
+from speechkit.data.corpora import Cut, labels_of
+from speechkit.data.loading import load as load_samples
+from speechkit.data.targets import Labels
+from speechkit.metrics import Tagging, inside
+from speechkit.tagger import Tagger
+from speechkit.types import Seconds
+
+WIDTH = 150  # of a table in a file or a pipe
+DRAWS, BUDGET = 1000, 2 * 10**8  # of an interval; scores sorted for all of them together
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was heard in the clips of a set, in their order."""
+
+    ids: tuple[str, ...]
+    found: Tagging
+    seconds: Seconds
+    spent: Seconds
+
+    def drawn(self, measure: Callable, seed: int = 0) -> np.ndarray:
+        draws = min(DRAWS, max(DRAWS // 10, BUDGET // self.found.scores.size))
+        return self.found.drawn(measure, samples=draws, seed=seed)
+
+    def interval(self, measure: Callable) -> Interval:
+        return inside(self.drawn(measure), measure(None))
+
+
+def evaluate(
+    *, runs: Sequence[str], named: Sequence[str], split: str | None, batch: int, worst: int, as_json: bool
+) -> int:
+    """Evaluate every run on every set and print the table; scores and reports are written to ``RUN/evaluate``.
+
+    Runs that were tested on different clips of one set, as folds are, have a last row of their mean.
+
+    Raises:
+        ValueError: before anything is evaluated, for a run that is no tagger, or labels that it does not have.
+    """
+    given, faults = manifests(named, split, transcribed=False), Faults()
+    jobs = [job for run in runs for job in _jobs(run, given)]
+    done: list[tuple[_Job, Result]] = []
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        for job in jobs:
+            done.append((job, job.hear(batch, progress, faults)))
+    rows = [_write(job, result) for job, result in done] + _means(done)
+    if as_json:
+        print(*(json.dumps(finite(asdict(row)), ensure_ascii=False) for row in rows), sep="\n")
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        if len(done) == 1:
+            console.print(classes(done[0][1].found))
+        for job, result in done:
+            console.print(_worst(job, result, worst), end="", markup=False)
+        console.print(table(rows))
+    return 1 if faults.count else 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A row to be."""
+
+    run: str
+    set: str
+    cuts: list[Cut]
+    tagger: Tagger
+
+    def hear(self, batch: int, progress: Progress, faults: Faults) -> Result:
+        scores: dict[str, np.ndarray] = {}
+        spent, longest = 0.0, self.tagger.seconds(self.tagger.frames)
+        bar = progress.add_task(f"{self.run} {self.set}", total=sum(cut.duration for cut in self.cuts))
+        short = sorted((cut for cut in self.cuts if cut.duration <= longest), key=lambda cut: cut.duration)
+        for group in (*groups(short, batch), *([cut] for cut in self.cuts if cut.duration > longest)):
+            clips = {}
+            for cut in group:
+                with faults.reporting():
+                    clips[cut.id] = self._clip(cut)
+            start = time.perf_counter()
+            scores.update(zip(clips, self._scores(list(clips.values())), strict=True))
+            spent += time.perf_counter() - start
+            progress.advance(bar, sum(cut.duration for cut in group))
+        heard = [cut for cut in self.cuts if cut.id in scores]
+        if not heard:
+            raise ValueError(f"{self.set} must have clips that can be read, but has none; see the faults above.")
+        return Result(tuple(cut.id for cut in heard), self._found(heard, scores), sum(c.duration for c in heard), spent)
+
+    def _clip(self, cut: Cut) -> torch.Tensor:
+        samples = load_samples(cut, self.tagger.sample_rate)
+        least = self.tagger.features.mel.window if self.tagger.features else 1
+        if len(samples) < least:
+            raise ValueError(
+                f"{cut.id} must have at least {least} samples, one feature frame, but has {len(samples)}; leave it out."
+            )
+        return torch.from_numpy(samples)
+
+    def _scores(self, clips: list[torch.Tensor]) -> np.ndarray:
+        if not clips:
+            return np.zeros((0, len(self.tagger.labels)))
+        device, lengths = next(self.tagger.head.parameters()).device, torch.tensor([len(clip) for clip in clips])
+        samples = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        return self.tagger.clip_scores(samples.to(device), lengths.to(device)).double().numpy()
+
+    def _found(self, cuts: Sequence[Cut], scores: dict[str, np.ndarray]) -> Tagging:
+        labels = self.tagger.labels
+        targets = np.array([[label in labels_of(cut) for label in labels] for cut in cuts])
+        return Tagging(labels, targets, np.stack([scores[cut.id] for cut in cuts]), self.tagger.exclusive)
+
+
+def _jobs(run: str, given: dict[str, list[Cut]]) -> list[_Job]:
+    tagger = ready(run)
+    jobs = [_Job(run, name, cuts, tagger) for name, cuts in (given or own(run, transcribed=False)).items()]
+    for job in jobs:
+        try:
+            Labels(tagger.labels, tagger.exclusive).check(job.cuts)
+        except ValueError as fault:
+            raise ValueError(f"{run} cannot be evaluated on {job.set}: {fault}") from fault
+    return jobs
+
+
+def _write(job: _Job, result: Result) -> Row:
+    """The row of the table, also written to RUN/evaluate, with scores, reports and confusions beside it."""
+    found = result.found
+    row = Row(
+        run=job.run,
+        set=job.set,
+        accuracy=found.accuracy() if found.exclusive else None,
+        accuracy_interval=result.interval(found.accuracy) if found.exclusive else None,
+        mean_average_precision=found.mean_average_precision(),
+        mean_average_precision_interval=result.interval(found.mean_average_precision),
+        mean_auc=found.mean_auc(),
+        d_prime=found.d_prime(),
+        clips=len(result.ids),
+        classes=len(found.labels),
+        absent=found.absent,
+        seconds=round(result.seconds, 3),
+        rtf=round(result.spent / result.seconds, 5),
+    )
+    folder = home(job.run) / "evaluate"
+    folder.mkdir(exist_ok=True)
+    name = re.sub(r"[^\w.-]+", "-", job.set).strip("-")
+    about = finite(asdict(row)) | {"labels": list(found.labels)}
+    (folder / f"{name}.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n")
+    with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        for clip, targets, scores in zip(result.ids, found.targets, found.scores, strict=True):
+            there = [found.labels[n] for n in np.flatnonzero(targets).tolist()]
+            line = {"id": clip, "labels": there, "scores": [round(score, 6) for score in scores.tolist()]}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    report(folder, name, row, found)
+    if found.exclusive:
+        title = f"{job.run} on {job.set}: {100 * found.accuracy():.1f} % of {len(result.ids)} clips"
+        pictures.confusion(found.confusion, found.labels, title).savefig(folder / f"{name}-confusion.png", dpi=110)
+    return row
+
+
+def _worst(job: _Job, result: Result, count: int) -> str:
+    """The clips in which a label that is there has least score."""
+    found, lines = result.found, []
+    own_scores = np.where(found.targets, found.scores, np.inf)
+    for row in np.argsort(own_scores.min(1), kind="stable")[:count]:
+        missed, best = int(own_scores[row].argmin()), int(found.scores[row].argmax())
+        if found.targets[row].any() and not found.decisions[row, missed]:
+            said = [f"{found.labels[n]} {found.scores[row, n]:.2f}" for n in (missed, best)]
+            lines.append(f"{result.ids[row]}: is {said[0]}, highest is {said[1]}\n")
+    return f"Least heard of {job.run} on {job.set}:\n{''.join(lines)}\n" if lines else ""
+
+
+def _means(done: Sequence[tuple[_Job, Result]]) -> list[Row]:
+    """The mean over runs, for each set of which they were tested on different clips."""
+    rows = []
+    for name in dict.fromkeys(job.set for job, _ in done):
+        parts = [(job, result) for job, result in done if job.set == name]
+        ids = [clip for _, result in parts for clip in result.ids]
+        if len(parts) > 1 and len(set(ids)) == len(ids) and len({result.found.labels for _, result in parts}) == 1:
+            rows.append(_mean(name, [result for _, result in parts]))
+    return rows
+
+
+def _mean(name: str, results: Sequence[Result]) -> Row:
+    exclusive, parts = results[0].found.exclusive, [result.found for result in results]
+
+    def mean(measure: str) -> float:
+        return float(np.mean([getattr(part, measure)() for part in parts]))
+
+    def interval(measure: str) -> Interval:
+        drawn = [result.drawn(getattr(result.found, measure), seed) for seed, result in enumerate(results)]
+        least = min(map(len, drawn))
+        return inside(np.mean([draws[:least] for draws in drawn], axis=0), mean(measure))
+
+    return Row(
+        run=f"mean of {len(results)}",
+        set=name,
+        accuracy=mean("accuracy") if exclusive else None,
+        accuracy_interval=interval("accuracy") if exclusive else None,
+        mean_average_precision=mean("mean_average_precision"),
+        mean_average_precision_interval=interval("mean_average_precision"),
+        mean_auc=mean("mean_auc"),
+        d_prime=mean("d_prime"),
+        clips=sum(len(result.ids) for result in results),
+        classes=len(parts[0].labels),
+        absent=max(part.absent for part in parts),
+        seconds=round(sum(result.seconds for result in results), 3),
+        rtf=round(sum(result.spent for result in results) / sum(result.seconds for result in results), 5),
+    )
