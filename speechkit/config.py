@@ -106,8 +106,8 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         ValueError: naming the file or key that is not there or not of its type, and what could have been meant.
     """
     file = _find(Path(path))
-    changes = [_change(override, file.parent) for override in overrides]
     try:
+        changes = [_change(override, file) for override in overrides]
         with hydra.initialize_config_dir(str(file.parent.resolve()), version_base="1.3"):
             home = str(catalogue().resolve()).replace("'", r"\'")
             search = f"hydra.searchpath=['file://{home}']"
@@ -252,19 +252,31 @@ def _find(path: Path) -> Path:
     return found
 
 
-def _change(override: str, folder: Path) -> str:
-    """An override that may also set a key no YAML mentions: `check` knows better than Hydra which keys there are."""
+def _change(override: str, file: Path) -> str:
+    """An override that may also set a key no YAML mentions: `check` knows better than Hydra which keys there are.
+
+    A group that the recipe does not list is added behind the recipe's own values, and replaces them.
+    """
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException:
         raise ValueError(f"An override must be key=value, but is {override!r}; quote it if it holds spaces.") from None
-    groups = {p.name for base in (folder, catalogue()) for p in base.iterdir() if p.is_dir()}
+    groups = {p.name for base in (file.parent, catalogue()) for p in base.iterdir() if p.is_dir()}
     key, keys = parsed.key_or_group, {*groups, *(f.name for f in fields(Training))}
     if key.split(".")[0] not in keys:
         raise ValueError(
             f"{key} is not a key or group of a training config: {', '.join(sorted(keys))}{meant(key, keys)}"
         )
-    return override if key in groups or override[0] in "+~" else f"++{override}"
+    if override[0] in "+~" or (key in groups and key != "tuning"):
+        return override
+    return f"{'++' if key not in groups else '' if _lists(file, key) else '+'}{override}"
+
+
+def _lists(file: Path, group: str) -> bool:
+    """Whether the defaults of a config name a file of a group."""
+    listed = plain(load(file)).get("defaults", [])
+    keys = (str(key) for item in listed if isinstance(item, Mapping) for key in item)
+    return any(group in key.replace("/", " ").split() for key in keys)
 
 
 def _no_such_choice(error: MissingConfigException) -> str:

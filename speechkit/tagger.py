@@ -55,6 +55,7 @@ class Tagger(nn.Module):
     features: FrontEnd | None
     encoder: Any
     head: Head
+    tuning: Any = None  # the fine-tuning method that changed it, see `speechkit.tuning`
 
     def __init__(
         self,

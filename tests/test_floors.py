@@ -23,7 +23,7 @@ FLOORS = (
     ("layers",),
     ("attention",),
     ("encoders",),
-    ("objectives", "heads", "search", "metrics", "masking"),
+    ("objectives", "heads", "search", "metrics", "masking", "tuning"),
     ("decoders",),
     ("config", "recogniser"),
     ("tagger", "autoencoder"),
@@ -54,6 +54,7 @@ DOORS = {
     "uvicorn": {"app"},
     "matplotlib": {"pictures"},
     "librosa": {"pictures"},
+    "peft": {"tuning"},
 }
 EVERYWHERE = {"torch", "numpy", "jaxtyping", "speechkit", *sys.stdlib_module_names}
 

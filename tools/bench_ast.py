@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def main() -> None:
     x = torch.randn(arguments.batch, arguments.frames, 128, device=device)
     print(f"AST {arguments.size}, {arguments.batch} clips of {arguments.frames} frames, forward and backward")
     print(f"{device}, {arguments.threads} thread(s), torch {torch.__version__}\n")
-    memory = {name: kept(logits, x) for name, logits in steps.items()}
+    memory = {name: kept(partial(forward, logits, x)) for name, logits in steps.items()}
     report(measure(steps, x, arguments.repeats), memory)
 
 
@@ -101,18 +102,18 @@ def forward(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return logits(x).float().square().mean()
 
 
-def kept(logits: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def kept(loss: Callable[[], Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights aside."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward(logits, x)
-        del loss
+        found = loss()
+        del found
     return sum(sizes.values())
 
 

@@ -151,7 +151,10 @@ def start(model: Model, data: Any, settings: DictConfig) -> None:
         taken = ("encoder",)
     else:
         load = pretrained.load_recogniser if isinstance(model, Recogniser) else pretrained.load
-        taken = warm_start(model, load(settings.init), settings.init, settings.fresh)
+        other = load(settings.init)
+        if (tuning := getattr(other, "tuning", None)) is not None:
+            tuning.merge(other)
+        taken = warm_start(model, other, settings.init, settings.fresh)
     if "features" not in taken:
         batches = itertools.islice(data.train_batches(0), NORM_BATCHES)
         measure(model.features, ((batch.samples, batch.sample_lengths) for batch in batches))

@@ -83,6 +83,8 @@ def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool 
     """
     model = _original(Path(name)).load_original(name) if _is_file(name) else _of_folder(model_folder(name, local=local))
     if weights != torch.float32:
+        if (tuning := getattr(model, "tuning", None)) is not None and tuning.merges:
+            tuning.merge(model)  # what reads a weight to change it would read the rounded one
         shrink(model, weights)
     return model.eval()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,13 +76,18 @@ class Optim:
     def __init__(self, *, optimizer: Callable[..., Optimizer], schedule: Callable[[int], float]) -> None:
         self.optimizer, self.schedule = optimizer, schedule
 
-    def __call__(self, module: nn.Module) -> tuple[Optimizer, LambdaLR]:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.dim() > 1]},
-            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+    def __call__(self, module: nn.Module, rates: Mapping[str, float] | None = None) -> tuple[Optimizer, LambdaLR]:
+        """The optimizer of all that is trained in ``module``; ``rates``: factors of the rate by a weight's name."""
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for name, weight in module.named_parameters():
+            if weight.requires_grad:
+                groups.setdefault(((rates or {}).get(name, 1.0), weight.dim() > 1), []).append(weight)
+        fastest_first = sorted(groups, reverse=True)  # what is reported as the rate is that of the first
+        optimizer = self.optimizer(
+            [{"params": groups[key], **({} if key[1] else {"weight_decay": 0.0})} for key in fastest_first]
+        )
+        for group, (rate, _) in zip(optimizer.param_groups, fastest_first, strict=True):
+            group["lr"] *= rate
         return optimizer, LambdaLR(optimizer, self.schedule)
 
 
@@ -103,7 +108,7 @@ class Task(LightningModule):
     made from it, and means the same whenever it was saved.
 
     Args:
-        model: what learns.
+        model: what learns; one with a ``tuning`` (see `speechkit.tuning`) learns as that says.
         optim: makes the optimizer and its schedule.
         seed: of the run.
     """
@@ -123,12 +128,16 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optim(self)
+        tuning = getattr(self.model, "tuning", None)
+        rates = {} if tuning is None else {f"model.{name}": r for name, r in tuning.rates(self.model).items()}
+        optimizer, schedule = self.optim(self, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         number = self.position.number
         torch.manual_seed(chance(self.seed, number, self.global_rank))
+        if (tuning := getattr(self.model, "tuning", None)) is not None:
+            tuning.at(self.model, self.position.step)
         losses = self.losses(batch, chance(self.seed, number))
         self._step.add(losses, batch.ids)
         return losses["loss"]
