@@ -84,6 +84,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         "recorded": ["augment.effects.noise.source.path=x"],
         **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("mini", "tiny", "small", "base")},
         "wav2vec2_base": ["~model.encoder.subsampling"],
+        "samples": ["~model.features.mel.bands", "model.encoder.features=1"],
     }
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
