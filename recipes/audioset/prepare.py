@@ -80,8 +80,8 @@ def _segments(path: Path) -> Iterator[tuple[str, list[str]]]:
         for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
             if len(row) != 4:
                 raise ValueError(
-                    f"A line of {path} must be a video, start, end and labels, but is {row!r:.80}; take the list as its "
-                    f"authors give it out."
+                    f"A line of {path} must be a video, start, end and labels, but is {row!r:.80}; take the list that "
+                    f"its authors give out."
                 )
             yield row[0], row[3].split(",")
 
