@@ -3,7 +3,7 @@
 ::
 
     runs/demo/states/step-00001500.safetensors        all of the training, to continue from
-    runs/demo/best/wer-004.32-step-00001000.safetensors    weights, named by their word error rate on dev in percent
+    runs/demo/best/error-004.32-step-00001000.safetensors   weights, named by their error rate on dev in percent
     runs/demo/train.csv, dev.csv                      a row a step, a row an evaluation
 """
 
@@ -30,7 +30,7 @@ class Checkpoints(Callback):
     Args:
         folder: of the run.
         every: optimizer steps between states.
-        best: models kept by word error rate on dev, the mean over the contexts dev was heard in.
+        best: models kept by their error rate on dev, see `speechkit.tasks.Task.error_rate`.
     """
 
     def __init__(self, *, folder: str | Path, every: int = 500, best: int = 5) -> None:
@@ -71,7 +71,7 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         rate = module.error_rate()
         if trainer.state.fn == "fit" and rate is not None:
-            name = f"wer-{min(999.99, 100 * rate):06.2f}-step-{module.position.step:08d}.safetensors"
+            name = f"error-{min(999.99, 100 * rate):06.2f}-step-{module.position.step:08d}.safetensors"
             trainer.save_checkpoint(self.folder / "best" / name, weights_only=True)
             self._keep(self.folder / "best", best(self.folder)[: self.best])
 
@@ -92,8 +92,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def best(folder: Path) -> list[Path]:
-    """The models kept, the one with the lowest word error rate first, of equal ones the one trained longer."""
-    return sorted(Path(folder, "best").glob("wer-*.safetensors"), key=lambda p: (p.stem[:10], -step_of(p)))
+    """The models kept, the one with the lowest error rate first, of equal ones the one trained longer."""
+    return sorted(Path(folder, "best").glob("error-*.safetensors"), key=lambda p: (p.stem[:12], -step_of(p)))
 
 
 def cut(path: Path, number: int) -> None:

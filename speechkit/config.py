@@ -24,7 +24,7 @@ from speechkit.schema import Node, check, meant
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Recognition:
     """The keys of ``model``: the parts of a `speechkit.recogniser.Recogniser`, and what its encoder refers to."""
 
     features: Node
@@ -36,8 +36,30 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tagging:
+    """The keys of ``model``: the parts of a `speechkit.tagger.Tagger`; without an encoder, those of ``init``.
+
+    ``labels`` can also be a text file with a class a line, and ``tuning`` says what of the encoder is trained.
+    """
+
+    features: Node | None = None
+    encoder: Node | None = None
+    head: Node
+    labels: list[str] | str
+    frames: int
+    exclusive: bool = False
+    filled: bool = False
+    tuning: Node | None = None
+    attention: Node | None = None
+
+
+KINDS = {"objective": Recognition, "head": Tagging}
+"""What describes a model, by a key that no other kind has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
-    """The keys of a training config; conf/train.yaml says what each is for."""
+    """The keys of a training config; conf/train.yaml and conf/tag.yaml say what each is for."""
 
     name: str
     run: str
@@ -45,13 +67,14 @@ class Training:
     model: Node
     data: Node
     augment: Node | None
-    context: Node
+    context: Node | None = None
     optim: Node
     trainer: Node
     task: Node
     checkpoint: Node
     init: str | None
     fresh: list[str]
+    fold: int | None = None
 
 
 def catalogue() -> Path:
@@ -84,22 +107,55 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(f"{path} must compose with {' '.join(overrides) or 'conf/'}, but: {_flat(error)}.") from None
     values = plain(config)
     check(values, Training, later=True)
-    check(values["model"], Model, "model", later=True)
+    check(values["model"], kind_of(values["model"]), "model", later=True)
     return config
 
 
+def kind_of(node: Node) -> type:
+    """What a ``model`` node describes: one of `KINDS`.
+
+    Raises:
+        ValueError: where it is none of them.
+    """
+    kinds = [kind for key, kind in KINDS.items() if key in node]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"model must have one of the keys {', '.join(KINDS)}, which say what it is, but has {', '.join(node)}; "
+            f"choose a file of conf/objective/ for a recogniser, or of conf/head/ for a tagger."
+        )
+    return kinds[0]
+
+
 def build_model(node: Node, *, tokenizer: Any = None) -> Any:
-    """The `speechkit.recogniser.Recogniser` a ``model`` node describes, with fresh weights.
+    """What a ``model`` node describes, with fresh weights.
 
     Args:
-        node: the parts of `Model`, as composed or as read from the config.json of a model folder.
-        tokenizer: instead of the one the node describes.
+        node: one of `KINDS`, as composed or as read from the config.json of a model folder.
+        tokenizer: instead of the one that the node of a recogniser describes.
 
     Raises:
         ValueError: naming the key that is wrong.
     """
     parts = plain(node)
-    check(parts, Model, "model", later=True)
+    check(parts, kind_of(parts), "model", later=True)
+    return _recogniser(parts, tokenizer) if "objective" in parts else _tagger(parts)
+
+
+def tune(model: Any, node: Node | None) -> None:
+    """Change a tagger as the fine-tuning method of its ``tuning`` node says, if it has one."""
+    if node is not None:
+        build(node, "model.tuning").apply(model)
+
+
+def _tagger(parts: dict[str, Any]) -> Any:
+    built = {name: build(parts.get(name), f"model.{name}") for name in ("features", "encoder", "head")}
+    plainly = {name: parts[name] for name in ("labels", "frames", "exclusive", "filled") if name in parts}
+    tagger = build({"_target_": "speechkit.tagger.Tagger"}, "model", **built, **plainly)
+    tune(tagger, parts.get("tuning"))
+    return tagger
+
+
+def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:
     tokenizer = build(parts["text"], "model.text") if tokenizer is None else tokenizer
     encoder = build(parts["encoder"], "model.encoder")
     return build(

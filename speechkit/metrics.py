@@ -10,6 +10,8 @@ from functools import cached_property
 
 import jiwer
 import numpy as np
+import torch
+from torchmetrics.functional.classification import multilabel_average_precision
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,17 @@ def alignment(reference: str, hypothesis: str) -> str:
     shown = jiwer.visualize_alignment(aligned, show_measures=False, skip_correct=False)
     lines = [line.rstrip() for line in shown.splitlines() if line.strip() and not line.startswith("===")]
     return "\n".join(lines)
+
+
+def tagging(scores: np.ndarray, targets: np.ndarray, exclusive: bool) -> dict[str, float]:
+    """Accuracy where classes exclude each other, else mean average precision over the classes that are there.
+
+    Args:
+        scores, targets: ``[B, C]``.
+    """
+    if exclusive:
+        return {"accuracy": float((scores.argmax(1) == targets.argmax(1)).mean())}
+    found = multilabel_average_precision(
+        torch.from_numpy(scores), torch.from_numpy(targets).int(), scores.shape[1], average=None
+    )
+    return {"mAP": float(np.mean(found.numpy()[targets.any(0)]))}

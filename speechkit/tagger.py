@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from speechkit.features import FrontEnd, blocks
+from speechkit.heads import Head, Summary
 from speechkit.recogniser import Audio, evaluating, samples_of
+from speechkit.stream import keep_valid
 from speechkit.types import FeatureOutput, Seconds
 
 BLOCK: Seconds = 10.0  # of a file, read at once
@@ -30,16 +32,18 @@ class Tagger(nn.Module):
 
     Args:
         features: the front end; ``None`` for a tagger that is given features, and tags no recordings.
-        encoder: one whose output has a ``summary``, for example `speechkit.encoders.AST`.
+        encoder: any of `speechkit.encoders`, called with frames and their lengths.
         labels: the names of the classes.
-        frames: feature frames heard at once. A shorter recording is filled up with zeros before they are normalised,
-            as AST's checkpoints were trained; a longer one is heard piece by piece.
+        frames: feature frames heard at once; a longer recording is heard piece by piece.
+        head: called as ``head(dim=, classes=)``, one of `speechkit.heads`.
         exclusive: one class is right (softmax), or each may be by itself (sigmoid).
-        eps: of the head's layer norm.
+        filled: a shorter recording is filled up to ``frames`` with zeros before these are normalised, and the encoder
+            hears them, as AST's published checkpoints were trained. Otherwise it is told the length.
     """
 
     features: FrontEnd | None
     encoder: Any
+    head: Head
 
     def __init__(
         self,
@@ -48,22 +52,41 @@ class Tagger(nn.Module):
         encoder: nn.Module,
         labels: Sequence[str],
         frames: int,
+        head: Callable[..., Head] = Summary,
         exclusive: bool = False,
-        eps: float = 1e-5,
+        filled: bool = False,
     ) -> None:
         super().__init__()
+        if not labels:
+            raise ValueError("Tagger.labels must name at least one class, but is empty; list the names of the classes.")
         self.features, self.encoder = features, encoder
-        self.labels, self.frames, self.exclusive = tuple(labels), frames, exclusive
-        self.head = nn.Sequential(nn.LayerNorm(self.encoder.dim, eps=eps), nn.Linear(self.encoder.dim, len(labels)))
+        self.labels, self.frames, self.exclusive, self.filled = tuple(labels), frames, exclusive, filled
+        self.head = head(dim=self.encoder.dim, classes=len(labels))
+
+    @property
+    def sample_rate(self) -> int:
+        return self._front().sample_rate
+
+    def hear(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
+        """The features of clips, as the encoder hears them; all of one length where they are `filled`."""
+        front = self._front()
+        if not self.filled:
+            return front(samples, lengths)
+        frames, counts = front.mel(samples, lengths)
+        return self._normalised(keep_valid(frames, counts), counts)
 
     def logits(self, features: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"] | None = None) -> Float[Tensor, "B C"]:
         """A logit for each class.
 
         Args:
-            features: as the front end gives them; frames past a length may hold anything.
+            features: as `hear` gives them; frames past a length may hold anything.
             lengths: real feature frames of each; all of them unless given.
         """
-        return self.head(self.encoder(features, lengths).summary)
+        return self.head(self.encoder(features, lengths))
+
+    def probabilities(self, logits: Float[Tensor, "*_ C"]) -> Float[Tensor, "*_ C"]:
+        """How sure the tagger is of each class, 0 to 1."""
+        return logits.softmax(-1) if self.exclusive else logits.sigmoid()
 
     @torch.inference_mode()
     def tag(self, audio: Audio, *, top: int = 5) -> tuple[Tag, ...]:
@@ -74,32 +97,38 @@ class Tagger(nn.Module):
         Raises:
             ValueError: where the tagger has no front end, the recording cannot be read, or is shorter than one frame.
         """
-        with evaluating(self):
-            scores = torch.stack([self._scores(window) for window in self._windows(audio)]).mean(0)
+        scores = self.scores(audio)
         best = scores.topk(min(top, len(self.labels)))
         return tuple(Tag(self.labels[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
-    def _scores(self, window: Float[Tensor, "T F"]) -> Float[Tensor, "C"]:
-        device = next(self.head.parameters()).device
-        logits = self.logits(window[None].to(device))[0].float().cpu()
-        return logits.softmax(0) if self.exclusive else logits.sigmoid()
+    @torch.inference_mode()
+    def scores(self, audio: Audio) -> Float[Tensor, "C"]:
+        """The score of every class in a recording, in the order of ``labels``; as `tag`."""
+        with evaluating(self):
+            return torch.stack([self._scores(*piece) for piece in self._pieces(audio)]).mean(0)
 
-    def _windows(self, audio: Audio) -> Iterator[Float[Tensor, "T F"]]:
-        """Pieces of ``frames`` normalised feature frames that together are the recording, in memory for two of them."""
+    def _scores(self, frames: Float[Tensor, "T F"], count: int) -> Float[Tensor, "C"]:
+        device = next(self.head.parameters()).device
+        heard = self._normalised(frames[None].to(device), torch.tensor([count], device=device))
+        lengths = None if self.filled else heard.lengths
+        return self.probabilities(self.logits(heard.frames, lengths)[0].float()).cpu()
+
+    def _pieces(self, audio: Audio) -> Iterator[tuple[Float[Tensor, "T F"], int]]:
+        """Pieces of at most ``frames`` feature frames that together are the recording, in memory for two of them."""
         front = self._front()
-        last = heard = front.mel.mel.new_zeros(0, front.dim)
-        for frames in self._frames(audio, front):
+        last = heard = torch.zeros(0, front.dim)
+        for frames in self._read(audio, front):
             heard = torch.cat([heard, frames])
             while len(heard) > self.frames:
                 last, heard = heard[: self.frames], heard[self.frames :]
-                yield self._normalised(last, front)
+                yield last, self.frames
         if not len(heard):
             raise ValueError(
                 f"The recording must have at least {front.mel.window} samples, one feature frame, but is shorter; "
                 f"record it again, or put silence behind it."
             )
         heard = torch.cat([last, heard])[-self.frames :]
-        yield self._normalised(F.pad(heard, (0, 0, 0, self.frames - len(heard))), front)
+        yield heard, len(heard)
 
     def _front(self) -> FrontEnd:
         if self.features is None:
@@ -109,12 +138,12 @@ class Tagger(nn.Module):
             )
         return self.features
 
-    def _frames(self, audio: Audio, front: FrontEnd) -> Iterator[Float[Tensor, "T F"]]:
-        device, state = front.mel.taper.device, front.mel.init_state(1)
+    def _read(self, audio: Audio, front: FrontEnd) -> Iterator[Float[Tensor, "T F"]]:
+        device, state = next(front.buffers()).device, front.mel.init_state(1)
         for samples in self._blocks(audio, front.sample_rate):
             lengths = torch.tensor([len(samples)], device=device)
             (frames, counts), state = front.mel.stream(samples[None].to(device), lengths, state)
-            yield frames[0, : int(counts)]
+            yield frames[0, : int(counts)].cpu()
 
     def _blocks(self, audio: Audio, sample_rate: int) -> Iterator[Tensor]:
         if isinstance(audio, str | Path):
@@ -122,6 +151,9 @@ class Tagger(nn.Module):
         else:
             yield from samples_of(audio, "The recording").split(round(BLOCK * sample_rate))
 
-    def _normalised(self, frames: Float[Tensor, "T F"], front: FrontEnd) -> Float[Tensor, "T F"]:
-        heard = FeatureOutput(frames[None], torch.tensor([len(frames)], device=frames.device))
-        return (heard if front.norm is None else front.norm(*heard)).frames[0]
+    def _normalised(self, frames: Float[Tensor, "B T F"], counts: Int[Tensor, "B"]) -> FeatureOutput:
+        if self.filled:
+            frames = F.pad(frames, (0, 0, 0, max(0, self.frames - frames.shape[1])))
+            counts = torch.full_like(counts, frames.shape[1])
+        norm = self._front().norm
+        return FeatureOutput(frames, counts) if norm is None else norm(frames, counts)

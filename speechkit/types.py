@@ -39,6 +39,16 @@ class Batch(NamedTuple):
     texts: tuple[str, ...]
 
 
+class TagBatch(NamedTuple):
+    """Clips padded to one length, with how much each class is heard in them, 0 to 1."""
+
+    samples: Float[Tensor, "B N"]
+    sample_lengths: Int[Tensor, "B"]
+    targets: Float[Tensor, "B C"]
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]  # the labels, as people read them
+
+
 class FeatureOutput(NamedTuple):
     """What a front end gives: frames and how many of them are real."""
 

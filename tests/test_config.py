@@ -17,11 +17,17 @@ from speechkit.schema import check
 from speechkit.stream import Context
 
 HERE = "test_config"
+OF_TAGGERS = ("head", "tuning")
 
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipe.write(tmp_path_factory.mktemp("config"), train=1, dev=1)
+
+
+@pytest.fixture(scope="module")
+def tags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recipe.write_tags(tmp_path_factory.mktemp("config"), train=1, dev=1)
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def test_argument_that_no_file_mentions_can_be_set(tones: Path) -> None:
     assert config.compose(tones, ["trainer.detect_anomaly=true"]).trainer.detect_anomaly is True
 
 
-def test_every_file_of_the_catalogue_can_be_chosen(tones: Path) -> None:
+def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> None:
     needs = {
         "sentencepiece": ["~model.text.symbols", "model.text.model=x"],
         "words": ["~model.text.symbols"],
@@ -79,7 +85,10 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path) -> None:
     }
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
-        config.compose(tones, [f"{'+' * (group == 'data')}{group}={choice}", *needs.get(choice, [])])
+        if "speechkit.datamodule.TagData" in file.read_text() or group in OF_TAGGERS:
+            config.compose(tags, [f"{'+' * (group in ('data', 'tuning'))}{group}={choice}"])
+        else:
+            config.compose(tones, [f"{'+' * (group == 'data')}{group}={choice}", *needs.get(choice, [])])
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ from speechkit.data import (
     Telephone,
 )
 from speechkit.data.augment import chance, mix, power, reverberate
-from speechkit.data.batching import Utterance, collate, padding, plan
-from speechkit.data.corpora import check_text, once, read_corpus, speaker_of, split_of, text_of, write_manifest
+from speechkit.data.batching import Utterance, padding, plan
+from speechkit.data.corpora import once, read_corpus, speaker_of, split_of, text_of, write_manifest
 from speechkit.data.loading import load
+from speechkit.data.targets import Transcripts, check_text
 from speechkit.text import Characters, Words
 
 RATE = 16000
@@ -379,7 +380,9 @@ def test_more_ranks_than_utterances_are_refused() -> None:
 def epoch_of(corpus: Path, **options: object) -> Batches:
     utterances = [Utterance(cut, f"0/{cut.id}", cut.duration) for cut in read_corpus(corpus)]
     batches = plan([u.seconds for u in utterances], max_seconds=1.7, dice=chance(0))
-    return Batches(batches=[[utterances[i] for i in batch] for batch in batches], tokenizer=LETTERS, **options)
+    return Batches(
+        batches=[[utterances[i] for i in batch] for batch in batches], targets=Transcripts(LETTERS), **options
+    )
 
 
 def same(one: list, other: list) -> bool:
@@ -392,7 +395,7 @@ def same(one: list, other: list) -> bool:
 def test_batch_holds_samples_and_tokens_padded_with_zeros(corpus: Path) -> None:
     short, long = (list(read_corpus(corpus))[n] for n in (0, 5))
     short.supervisions[0].text = "a"
-    batch = collate([load(short, RATE), load(long, RATE)], [short, long], LETTERS)
+    batch = Transcripts(LETTERS).batch([load(short, RATE), load(long, RATE)], [short, long])
     assert batch.samples.shape == (2, 7200) and batch.samples.dtype == torch.float32
     assert batch.sample_lengths.tolist() == [3200, 7200] and batch.sample_lengths.dtype == torch.int64
     assert not batch.samples[0, 3200:].any() and batch.samples[0, :3200].any()
@@ -425,7 +428,9 @@ def test_reading_leaves_the_dice_of_torch_alone(corpus: Path) -> None:
 
 def test_skipped_batches_are_not_read(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr("speechkit.data.batching.load", lambda cut, rate: read.append(cut.id) or load(cut, rate))
+    monkeypatch.setattr(
+        "speechkit.data.batching.load", lambda cut, *rest, **more: read.append(cut.id) or load(cut, *rest, **more)
+    )
     left = list(epoch_of(corpus, skip=4))
     assert sorted(read) == sorted(name for batch in left for name in batch.ids)
 
@@ -456,7 +461,7 @@ def test_broken_files_are_left_out(corpus: Path, spoil: bytes) -> None:
 
 def test_batch_that_lost_all_is_replaced_so_that_ranks_stay_in_step(corpus: Path) -> None:
     utterances = [Utterance(cut, cut.id, cut.duration) for cut in list(read_corpus(corpus))[:3]]
-    epoch = Batches(batches=[[u] for u in utterances], tokenizer=LETTERS)
+    epoch = Batches(batches=[[u] for u in utterances], targets=Transcripts(LETTERS))
     (corpus.parent / "audio" / "01.flac").unlink()
     assert [batch.ids for batch in epoch] == [("audio/00",), ("audio/02",), ("audio/02",)]
 
@@ -470,7 +475,9 @@ def test_too_many_lost_files_stop_with_a_sentence(corpus: Path) -> None:
 
 
 def test_corpus_that_is_all_lost_stops(corpus: Path) -> None:
-    epoch = Batches(batches=[[Utterance(cut, "k", 1.0)] for cut in list(read_corpus(corpus))[:1]], tokenizer=LETTERS)
+    epoch = Batches(
+        batches=[[Utterance(cut, "k", 1.0)] for cut in list(read_corpus(corpus))[:1]], targets=Transcripts(LETTERS)
+    )
     (corpus.parent / "audio" / "00.flac").unlink()
     with pytest.raises(ValueError, match="but 1 are already"):
         list(epoch)

@@ -52,7 +52,7 @@ def batch(seed: int) -> Batch:
 def task(kind: type[Transcribe] = Transcribe, **changes: Any) -> Transcribe:
     torch.manual_seed(1)
     optim = Optim(optimizer=functools.partial(torch.optim.AdamW, lr=1e-3), schedule=Constant())
-    return kind(**{"recogniser": tiny().train(), "optim": optim, "context": ContextSampler((4, 8), (8,)), **changes})
+    return kind(**{"model": tiny().train(), "optim": optim, "context": ContextSampler((4, 8), (8,)), **changes})
 
 
 @pytest.fixture(autouse=True)

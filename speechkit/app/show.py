@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import singledispatch
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -13,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from speechkit import pictures
 from speechkit.stream import Context
-from speechkit.tasks import Task, Transcribe
-from speechkit.types import Batch, Seconds
+from speechkit.tasks import Tag, Task, Transcribe
+from speechkit.types import Batch, Seconds, TagBatch
 
+RATES = ("wer", "accuracy", "mAP")  # shown in percent
 QUIET: Seconds = 60.0  # between lines where there is no terminal to draw a bar on
 
 
@@ -79,13 +82,13 @@ def _state(module: Task) -> str:
 def values(latest: dict[str, float]) -> str:
     """For example ``dev loss 0.412  wer 4.32 %``."""
     named = {name.removeprefix("dev/").replace("_", " "): value for name, value in latest.items()}
-    return "dev " + "  ".join(f"{n} {v:.2%}" if n.startswith("wer") else f"{n} {v:.3f}" for n, v in named.items())
+    return "dev " + "  ".join(f"{n} {v:.2%}" if n.startswith(RATES) else f"{n} {v:.3f}" for n, v in named.items())
 
 
 class Samples(Callback):
     """Four utterances of dev with what was heard in them, a picture of one, and the curves so far.
 
-    The pictures go to TensorBoard, and the newest ones into the run folder as ``heard.png`` and ``curve.png``.
+    The pictures go to TensorBoard, and the newest ones into the run folder, as ``curve.png`` and what `shown` names.
     """
 
     def __init__(self, folder: Any, console: Console) -> None:
@@ -96,34 +99,54 @@ class Samples(Callback):
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:
-            self.batch, self.texts = batch, outputs
+            self.batch, self.outputs = batch, outputs
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        said, read = self.batch.texts[-1], self.texts[-1]
-        self.console.print(f"             [dim]{escape(said)}[/]  heard as  [bold]{escape(read)}[/]")
-        figures = {"heard": heard(module, self.batch, read), "curve": pictures.curve(self.folder)}
+        texts, figures = shown(module, self.batch, self.outputs)
+        figures["curve"] = pictures.curve(self.folder)
+        for said, read in list(zip(self.batch.texts, texts, strict=True))[-1:]:
+            self.console.print(f"             [dim]{escape(said)}[/]  heard as  [bold]{escape(read)}[/]")
         for name, figure in figures.items():
-            if figure is not None:
-                figure.savefig(self.folder / f"{name}.png", dpi=110)
+            figure.savefig(self.folder / f"{name}.png", dpi=110)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step, board = module.position.step, logger.experiment
-                pairs = list(zip(self.batch.ids, self.batch.texts, self.texts, strict=True))[-4:]
+                pairs = list(zip(self.batch.ids, self.batch.texts, texts, strict=True))[-4:]
                 rows = "".join(f"|{name}|{said}|{read}|\n" for name, said, read in pairs)
-                board.add_text("dev/transcripts", f"|utterance|said|heard|\n|---|---|---|\n{rows}", step)
-                if figures["heard"] is not None:
-                    board.add_figure("dev/heard", figures["heard"], step)
+                board.add_text("dev/heard", f"|utterance|said|heard|\n|---|---|---|\n{rows}", step)
+                for name in figures.keys() - {"curve"}:
+                    board.add_figure(f"dev/{name}", figures[name], step)
 
 
-def heard(module: Transcribe, batch: Batch, read: str) -> Any:
-    """The picture of the last utterance of a batch, if the model has a CTC head."""
-    model, one = module.recogniser, slice(-1, None)
+@singledispatch
+def shown(task: Any, batch: Any, outputs: Any) -> tuple[list[str], dict[str, pictures.Figure]]:
+    """What was heard in each utterance of a batch, and pictures by their names.
+
+    Args:
+        outputs: of ``task.validation_step``.
+    """
+    raise NotImplementedError(type(task).__name__)
+
+
+@shown.register
+def _(task: Transcribe, batch: Batch, outputs: list[str]) -> tuple[list[str], dict[str, pictures.Figure]]:
+    return outputs, {"heard": heard(task, batch, outputs[-1])} if task.model.objective.ctc is not None else {}
+
+
+@shown.register
+def _(task: Tag, batch: TagBatch, outputs: Tensor) -> tuple[list[str], dict[str, pictures.Figure]]:
+    best = outputs.topk(min(3, outputs.shape[1]))
+    rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [", ".join(f"{task.model.labels[i]} {s:.2f}" for s, i in zip(*row, strict=True)) for row in rows], {}
+
+
+def heard(module: Transcribe, batch: Batch, read: str) -> pictures.Figure:
+    """The picture of the last utterance of a batch, by the CTC head."""
+    model, one = module.model, slice(-1, None)
     ctc: Any = model.objective.ctc
-    if ctc is None:
-        return None
     samples, lengths = batch.samples[one, : int(batch.sample_lengths[-1])], batch.sample_lengths[one]
     frames, heard_lengths = model.features(samples, lengths)
     encoded = model.encoder(frames, heard_lengths, context=Context())

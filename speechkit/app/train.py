@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -24,7 +24,9 @@ from speechkit import config as configs
 from speechkit.app import show
 from speechkit.pretrained.state import StateIO, average
 from speechkit.recogniser import Recogniser
+from speechkit.tagger import Tagger
 
+Model = Recogniser | Tagger
 NORM_BATCHES = 50  # of training data that the normalisation is measured on
 
 # What changes nothing about the steps that were made, and may differ when a run is continued.
@@ -53,17 +55,20 @@ def fit(settings: DictConfig) -> None:
     _quiet()
     run, console = Path(settings.run), Console(quiet=not _first(), highlight=False)
     state = prepare(settings, run)
+    complete(settings)
     model, data = build(settings)
     _introduce(console, settings, model, data, state)
     if state is None:
         start(model, data, settings)
+    configs.tune(model, settings.model.get("tuning"))
+    context = settings.get("context")
     task = configs.build(
         settings.task,
         "task",
-        recogniser=model,
+        model=model,
         optim=configs.build(settings.optim, "optim"),
-        context=configs.build(settings.context, "context"),
         seed=settings.seed,
+        **({} if context is None else {"context": configs.build(context, "context")}),
     )
     trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
     leave_cores(settings.data.workers)
@@ -95,14 +100,30 @@ def prepare(settings: DictConfig, run: Path) -> Path | None:
     return checkpoints.latest(run)
 
 
-def build(settings: DictConfig) -> tuple[Recogniser, Any]:
-    """The model with the fresh weights of its seed, and the data, which are checked here."""
+def complete(settings: DictConfig) -> None:
+    """Write into a config what it refers to: a file of labels, and the front end and encoder of ``init``.
+
+    Raises:
+        ValueError: where the file is not there, or there is neither an encoder nor an ``init``.
+    """
+    node = settings.model
+    if isinstance(node.get("labels"), str):
+        node.labels = _lines(Path(node.labels))
+    if configs.kind_of(node) is configs.Tagging and node.get("encoder") is None:
+        if settings.init is None:
+            raise ValueError("model.encoder must be given where there is no init to take it from; choose encoder=NAME.")
+        with open_dict(settings):
+            node.update(pretrained.describe(settings.init))
+
+
+def build(settings: DictConfig) -> tuple[Model, Any]:
+    """The model with the fresh weights of its seed, not tuned yet, and the data, which are checked here."""
     torch.manual_seed(settings.seed)
-    model = configs.build_model(settings.model)
+    model = configs.build_model({key: value for key, value in settings.model.items() if key != "tuning"})
     data = configs.build(
         settings.data,
         "data",
-        tokenizer=model.tokenizer,
+        **_says(model),
         augment=configs.build(settings.augment, "augment"),
         sample_rate=model.sample_rate,
         seed=settings.seed,
@@ -111,11 +132,24 @@ def build(settings: DictConfig) -> tuple[Recogniser, Any]:
     return model, data
 
 
-def start(model: Recogniser, data: Any, settings: DictConfig) -> None:
+def _says(model: Model) -> dict[str, Any]:
+    """What data must know of the model they are for."""
+    if isinstance(model, Recogniser):
+        return {"tokenizer": model.tokenizer}
+    return {"labels": model.labels, "exclusive": model.exclusive}
+
+
+def start(model: Model, data: Any, settings: DictConfig) -> None:
     """What a training begins with: the weights of another model, or a normalisation measured on the training data."""
-    if settings.init is not None:
-        warm_start(model, pretrained.load_recogniser(settings.init), settings.init, settings.fresh)
+    if settings.init is None:
+        taken: Collection[str] = ()
+    elif pretrained.of_images(settings.init):
+        pretrained.ast.initialise(model.encoder, settings.init)
+        taken = ("encoder",)
     else:
+        load = pretrained.load_recogniser if isinstance(model, Recogniser) else pretrained.load
+        taken = warm_start(model, load(settings.init), settings.init, settings.fresh)
+    if "features" not in taken:
         batches = itertools.islice(data.train_batches(0), NORM_BATCHES)
         measure(model.features, ((batch.samples, batch.sample_lengths) for batch in batches))
 
@@ -126,26 +160,37 @@ def measure(features: Any, heard: Iterable[tuple[Tensor, Tensor]]) -> None:
         features.norm.fit(features.mel(samples, lengths) for samples, lengths in heard)
 
 
-def warm_start(model: nn.Module, other: nn.Module, name: str, fresh: Sequence[str]) -> None:
-    """Take over the weights of ``other``: all of them, apart from the parts that start anew by name.
+def warm_start(model: nn.Module, other: nn.Module, name: str, fresh: Sequence[str]) -> Collection[str]:
+    """Take over the weights of ``other``, apart from the parts that start anew by name; the parts that were taken over.
+
+    From a model of the same kind all of them are taken; from another kind, or a tagger of other classes, front end and
+    encoder; from an encoder alone that.
 
     Raises:
         ValueError: naming weights that are in one of the models only, or of another shape, and not in a fresh part.
     """
-    ours, theirs = ({k: v for k, v in m.state_dict().items() if not _in(k, fresh)} for m in (model, other))
+    alone = not hasattr(other, "encoder")
+    given = {f"encoder.{k}": v for k, v in other.state_dict().items()} if alone else other.state_dict()
+    same = type(other) is type(model) and getattr(other, "labels", None) == getattr(model, "labels", None)
+    parts = {k.split(".")[0] for k in given if same or k.startswith(("features.", "encoder."))}
+    kept = {part for part in parts if part not in fresh}
+    wanted = kept | {k.split(".")[0] for k in model.state_dict() if same}
+    ours = {k: v for k, v in model.state_dict().items() if _in(k, wanted) and not _in(k, fresh)}
+    theirs = {k: v for k, v in given.items() if _in(k, kept) and not _in(k, fresh)}
     lacking = [k for k in ours if k not in theirs or theirs[k].shape != ours[k].shape]
     unused = [k for k in theirs if k not in ours]
     if lacking or unused:
-        parts = sorted({".".join(k.split(".")[:2]) for k in (*lacking, *unused)})
+        anew = sorted({".".join(k.split(".")[:2]) for k in (*lacking, *unused)})
         raise ValueError(
             f"init must be a model with the same weights, but {name} lacks or has others for "
             f"{', '.join(lacking[:4]) or 'nothing'} ({len(lacking)}) and has {', '.join(unused[:4]) or 'nothing'} "
-            f"({len(unused)}) to spare; to start such parts anew add 'fresh=[{','.join(parts)}]'."
+            f"({len(unused)}) to spare; to start such parts anew add 'fresh=[{','.join(anew)}]'."
         )
     model.load_state_dict(theirs, strict=False)
+    return kept
 
 
-def save(model: Recogniser, settings: DictConfig) -> None:
+def save(model: Model, settings: DictConfig) -> None:
     """Write the model of the run."""
     if _first():
         node = configs.plain(settings.model)
@@ -163,7 +208,7 @@ class SaveBest(Callback):
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         kept = checkpoints.best(Path(self.settings.run))
         if trainer.state.fn == "fit" and kept and checkpoints.step_of(kept[0]) == module.position.step:
-            save(module.recogniser, self.settings)
+            save(module.model, self.settings)
 
 
 def _first() -> bool:
@@ -180,7 +225,7 @@ def leave_cores(workers: int) -> None:
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - workers)))
 
 
-def _in(name: str, parts: Sequence[str]) -> bool:
+def _in(name: str, parts: Collection[str]) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
@@ -235,19 +280,35 @@ def _require_data(settings: DictConfig, path: Path) -> None:
                 )
 
 
-def _introduce(console: Console, settings: DictConfig, model: Recogniser, data: Any, state: Path | None) -> None:
+def _introduce(console: Console, settings: DictConfig, model: Model, data: Any, state: Path | None) -> None:
     cuts = [cut for source in data.train_cuts.values() for cut in source]
     hours = sum(cut.duration for cut in cuts) / 3600
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    context, unit = model.context, 1000 * model.frame_seconds
-    latency = f"streams at {context.latency() * unit:.0f} ms" if context.streams else "whole utterances"
     rows = {
         "run": f"{settings.run}" + (f", continued from step {checkpoints.step_of(state):,}" if state else ""),
-        "model": f"{type(model.encoder).__name__}, {weights:.1f} M weights, {latency}",
-        "heads": f"{type(model.objective).__name__}, {model.tokenizer.size} tokens",
+        "model": f"{type(model.encoder).__name__}, {weights:.1f} M weights",
+        **_particulars(model),
         "data": f"{len(cuts):,} utterances, {hours:.2f} h; dev {len(data.dev_cuts):,}",
     }
     console.print(show.summary(rows))
+
+
+def _particulars(model: Model) -> dict[str, str]:
+    if isinstance(model, Recogniser):
+        context, unit = model.context, 1000 * model.frame_seconds
+        latency = f"streams at {context.latency() * unit:.0f} ms" if context.streams else "whole utterances"
+        return {"hears": latency, "heads": f"{type(model.objective).__name__}, {model.tokenizer.size} tokens"}
+    kind = "one a clip" if model.exclusive else "any number a clip"
+    return {"head": type(model.head).__name__, "classes": f"{len(model.labels)}, {kind}"}
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(
+            f"model.labels must be a list or a text file with a class a line, but {path} is not there; prepare the "
+            f"dataset, or correct the path."
+        )
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _quiet() -> None:

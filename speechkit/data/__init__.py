@@ -2,20 +2,24 @@
 
 from speechkit.data.augment import Augment, Gain, Hiss, Microphone, Noise, Recorded, RecordedRoom, Room, Telephone
 from speechkit.data.batching import Batches, Utterance, plan
-from speechkit.data.corpora import Source, check_text, read_corpus
+from speechkit.data.corpora import Source, read_corpus
+from speechkit.data.targets import Labels, Targets, Transcripts, check_text
 
 __all__ = [
     "Augment",
     "Batches",
     "Gain",
     "Hiss",
+    "Labels",
     "Microphone",
     "Noise",
     "Recorded",
     "RecordedRoom",
     "Room",
     "Source",
+    "Targets",
     "Telephone",
+    "Transcripts",
     "Utterance",
     "check_text",
     "plan",

@@ -14,28 +14,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lhotse.cut import Cut
 from torch.utils.data import DataLoader, Dataset
 
 from speechkit.audio import Samples
 from speechkit.data.augment import Augment
-from speechkit.data.corpora import text_of
 from speechkit.data.loading import load
-from speechkit.text import Tokenizer
-from speechkit.types import Batch, Seconds
+from speechkit.data.targets import Targets
+from speechkit.types import Seconds
 
 log = logging.getLogger("speechkit")
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A cut on its way into an epoch. All chance in its augmentation comes from ``key``."""
+    """A cut, or a piece of it, on its way into an epoch. All chance in its augmentation comes from ``key``."""
 
     cut: Cut
     key: str
     seconds: Seconds  # after the change of speed
+    start: Seconds = 0.0  # of the piece
+    duration: Seconds | None = None  # of the piece, before the change of speed; ``None`` is all from the start on
 
 
 def plan(
@@ -107,44 +107,27 @@ def padding(seconds: Sequence[Seconds], batches: Sequence[Sequence[int]]) -> flo
     return 1 - sum(seconds[i] for batch in batches for i in batch) / held
 
 
-def collate(samples: Sequence[Samples], cuts: Sequence[Cut], tokenizer: Tokenizer) -> Batch:
-    """Pad utterances with zeros into one `Batch`."""
-    texts = tuple(text_of(cut) for cut in cuts)
-    tokens = [np.asarray(tokenizer.encode(text), dtype=np.int64) for text in texts]
-    rows, sample_lengths = _pad(samples, np.float32)
-    labels, token_lengths = _pad(tokens, np.int64)
-    return Batch(rows, sample_lengths, labels, token_lengths, tuple(cut.id for cut in cuts), texts)
-
-
-def _pad(rows: Sequence[np.ndarray], kind: type) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = [len(row) for row in rows]
-    padded: np.ndarray = np.zeros((len(rows), max(lengths)), dtype=kind)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(padded), torch.tensor(lengths)
-
-
 class _Rendering(Dataset):
     """The k-th batch of a plan, and a sentence for each utterance of it that could not be read. Runs in the workers."""
 
-    def __init__(self, batches: list[list[Utterance]], tokenizer: Tokenizer, augment: Augment | None, sample_rate: int):
-        self.batches, self.tokenizer, self.augment, self.sample_rate = batches, tokenizer, augment, sample_rate
+    def __init__(self, batches: list[list[Utterance]], targets: Targets, augment: Augment | None, sample_rate: int):
+        self.batches, self.targets, self.augment, self.sample_rate = batches, targets, augment, sample_rate
 
-    def __getitem__(self, index: int) -> tuple[Batch | None, dict[str, str]]:
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, str]]:
         faults: dict[str, str] = {}
         # A batch nothing is left of is replaced by the one after it: the other ranks of the step wait for this one.
         for shift in range(len(self.batches)):
             ready = self._read(self.batches[(index + shift) % len(self.batches)], faults)
             if ready:
                 cuts, samples = zip(*ready, strict=True)
-                return collate(samples, cuts, self.tokenizer), faults
+                return self.targets.batch(samples, cuts), faults
         return None, faults
 
     def _read(self, batch: Sequence[Utterance], faults: dict[str, str]) -> list[tuple[Cut, Samples]]:
         ready = []
         for utterance in batch:
             try:
-                samples = load(utterance.cut, self.sample_rate)
+                samples = load(utterance.cut, self.sample_rate, start=utterance.start, duration=utterance.duration)
             except (ValueError, OSError) as fault:
                 faults[utterance.cut.id] = str(fault)
             else:
@@ -162,6 +145,7 @@ class Batches:
 
     Args:
         batches: the plan.
+        targets: what is read beside the sound.
         skip: batches at the beginning that were had before a restart; nothing of them is read.
         workers: processes that read ahead; 0 reads in this one.
         max_unread: the share of utterances that may be left out (one may in any case).
@@ -172,7 +156,7 @@ class Batches:
         self,
         *,
         batches: list[list[Utterance]],
-        tokenizer: Tokenizer,
+        targets: Targets,
         augment: Augment | None = None,
         sample_rate: int = 16000,
         skip: int = 0,
@@ -186,7 +170,7 @@ class Batches:
                 f"the corpus, max_seconds or the number of ranks is not that of the run to be continued."
             )
         self.batches, self.skip, self.workers, self.max_unread = batches, skip, workers, max_unread
-        self.rendering = _Rendering(batches, tokenizer, augment, sample_rate)
+        self.rendering = _Rendering(batches, targets, augment, sample_rate)
         self.known = set() if known is None else known
         self.unread: dict[str, str] = {}
 
@@ -194,7 +178,7 @@ class Batches:
         """Batches that are left after ``skip``."""
         return len(self.batches) - self.skip
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         self.unread.clear()
         loader = DataLoader(
             self.rendering,

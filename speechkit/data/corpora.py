@@ -14,6 +14,8 @@ duration    optional seconds; without ``start`` it must be the length of the fil
 id          optional name in reports; by default the path without its suffix, and ``@start``
 speaker     optional name, for filters and for splits that share no speaker
 split       optional ``train``, ``dev``, ``test`` or any other name, for filters
+fold        optional number, for filters
+label       optional name of what is heard, for tagging; ``labels`` is a list of such names, and may be empty
 =========== ======== ===============================================================================================
 
 Other keys are kept. A lhotse CutSet (``.jsonl`` or ``.jsonl.gz``) is read by the same functions.
@@ -38,7 +40,6 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from speechkit import audio
-from speechkit.text import Tokenizer
 from speechkit.types import Seconds
 
 TOLERANCE: Seconds = 0.05  # manifests round, and lossy codecs pad
@@ -51,6 +52,8 @@ class Source:
     Args:
         path: a manifest or a lhotse CutSet.
         split: only utterances of this split; ``None`` is all.
+        folds: only utterances of these folds; ``None`` is all.
+        without_folds: none of these.
         speakers: only these speakers; ``None`` is all.
         without_speakers: none of these.
         min_seconds: only utterances at least this long.
@@ -61,6 +64,8 @@ class Source:
 
     path: str
     split: str | None = None
+    folds: Sequence[int] | None = None
+    without_folds: Sequence[int] = ()
     speakers: Sequence[str] | None = None
     without_speakers: Sequence[str] = ()
     min_seconds: Seconds = 0.0
@@ -73,19 +78,23 @@ class Source:
                 f"Source.repeat of {self.path} must be more than 0, but is {self.repeat}; 1 is once an epoch."
             )
 
-    def cuts(self) -> CutSet:
+    def cuts(self, *, transcribed: bool = True) -> CutSet:
         """The wanted utterances.
+
+        Args:
+            transcribed: whether each must have a text; what is tagged has labels instead.
 
         Raises:
             ValueError: as `read_corpus`, and if the filters leave nothing, with what there is to choose from.
         """
-        every = read_corpus(self.path)
+        every = read_corpus(self.path, transcribed=transcribed)
         wanted = [cut for cut in every if self._wants(cut)]
         if not wanted:
-            splits, speakers = (_census(*what) for what in (("split", split_of, every), ("speaker", speaker_of, every)))
+            kinds = (("split", split_of), ("fold", fold_of), ("speaker", speaker_of))
+            there = ", ".join(_census(kind, name_of, every) for kind, name_of in kinds)
             raise ValueError(
                 f"{self.path} must have at least one utterance with {self._filters()}, but none of its {len(every)} is "
-                f"left; it has {splits} and {speakers}, {min(c.duration for c in every):.2f} to "
+                f"left; it has {there}, {min(c.duration for c in every):.2f} to "
                 f"{max(c.duration for c in every):.2f} s long."
             )
         return CutSet(wanted)
@@ -93,6 +102,8 @@ class Source:
     def _wants(self, cut: Cut) -> bool:
         return (
             self.split in (None, split_of(cut))
+            and (self.folds is None or fold_of(cut) in self.folds)
+            and fold_of(cut) not in self.without_folds
             and (self.speakers is None or speaker_of(cut) in self.speakers)
             and speaker_of(cut) not in self.without_speakers
             and self.min_seconds <= cut.duration <= self.max_seconds
@@ -104,7 +115,7 @@ class Source:
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value != usual[name]) or "no filter"
 
 
-def _census(what: str, name_of: Callable[[Cut], str | None], cuts: Iterable[Cut]) -> str:
+def _census(what: str, name_of: Callable[[Cut], Any], cuts: Iterable[Cut]) -> str:
     """For example ``splits train (60), dev (10)``."""
     counts = Counter(name for name in map(name_of, cuts) if name is not None).most_common()
     some = ", ".join(f"{name} ({count})" for name, count in counts[:8]) + (", ..." if len(counts) > 8 else "")
@@ -121,7 +132,31 @@ def speaker_of(cut: Cut) -> str | None:
 
 
 def split_of(cut: Cut) -> str | None:
-    return (getattr(cut, "custom", None) or {}).get("split")
+    return _custom(cut).get("split")
+
+
+def fold_of(cut: Cut) -> int | None:
+    return _custom(cut).get("fold")
+
+
+def labels_of(cut: Cut) -> tuple[str, ...]:
+    """What is heard in a cut: its ``labels``, or its one ``label``.
+
+    Raises:
+        ValueError: naming the cut, where they are no names.
+    """
+    custom = _custom(cut)
+    labels = custom.get("labels", [custom["label"]] if "label" in custom else [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(
+            f"The labels of {cut.id} must be a list of names, but are {labels!r}; write 'label': NAME or 'labels': "
+            f"[NAME, ...] into its line."
+        )
+    return tuple(labels)
+
+
+def _custom(cut: Cut) -> Mapping[str, Any]:
+    return getattr(cut, "custom", None) or {}
 
 
 def read_corpus(path: str | os.PathLike[str], *, transcribed: bool = True) -> CutSet:
@@ -267,44 +302,6 @@ def _files(cut: Cut) -> list[str]:
     parts = [track.cut for track in cut.tracks] if hasattr(cut, "tracks") else [cut]
     recordings = [part.recording for part in parts if part.has_recording and hasattr(part, "recording")]
     return [source.source for recording in recordings for source in recording.sources if source.type == "file"]
-
-
-def check_text(cuts: Iterable[Cut], tokenizer: Tokenizer) -> None:
-    """See that a tokenizer can write every transcript, before an epoch is half way.
-
-    Raises:
-        ValueError: naming the characters (or words) outside its vocabulary, with an utterance for each of a few.
-    """
-    where: dict[str, list[str]] = {}
-    for cut in cuts:
-        for item in _unwritable(text_of(cut), tokenizer):
-            where.setdefault(item, []).append(cut.id)
-    if where:
-        shown = "; ".join(f"{item!r} in {len(ids)}, for example {ids[0]}" for item, ids in sorted(where.items())[:8])
-        raise ValueError(
-            f"Every transcript must be written in the vocabulary, but {len(where)} characters or words are outside it "
-            f"({shown}); normalise those texts, leave the utterances out, or add what is missing to the vocabulary."
-        )
-
-
-def _unwritable(text: str, tokenizer: Tokenizer) -> set[str]:
-    """The characters of a text that a tokenizer cannot write, or whole words where it knows no characters."""
-    if _writes(text, tokenizer):
-        return set()
-    found = {character for character in text if character.isspace() and not _writes(character, tokenizer)}
-    for word in text.split():
-        if not _writes(word, tokenizer):
-            bad = {character for character in word if not _writes(character, tokenizer)}
-            found |= bad if bad < set(word) else {word}
-    return found
-
-
-def _writes(text: str, tokenizer: Tokenizer) -> bool:
-    try:
-        tokenizer.encode(text)
-    except ValueError:
-        return False
-    return True
 
 
 def write_manifest(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

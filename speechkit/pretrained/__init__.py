@@ -1,4 +1,4 @@
-"""Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and the tokenizer's files.
+"""Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and a tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
 what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`.
@@ -21,19 +21,19 @@ from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer
 from speechkit.layers import shrink
 from speechkit.pretrained import ast, nemotron
-from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some
+from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
 from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
 from speechkit.text import load_tokenizer
 
 
-def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) -> None:
+def save(model: Recogniser | Tagger, config: Mapping[str, Any], folder: str | Path) -> None:
     """Write a model folder, all of it or nothing.
 
     It is written beside its place and renamed, so that a full disk or a killed process leaves the earlier one.
 
     Args:
-        config: the ``model`` node the recogniser was built from.
+        config: the ``model`` node it was built from.
         folder: is replaced, if it holds a model and nothing else.
 
     Raises:
@@ -41,7 +41,7 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
             earlier model is untouched.
     """
     folder = Path(folder)
-    if any(weight.dtype == torch.int8 for weight in recogniser.parameters()):
+    if any(weight.dtype == torch.int8 for weight in model.parameters()):
         raise ValueError(
             f"{folder} must hold weights as they were trained, but these are rounded to int8; save the model before it "
             f"is shrunk, it is shrunk again when it is loaded."
@@ -50,7 +50,7 @@ def save(recogniser: Recogniser, config: Mapping[str, Any], folder: str | Path) 
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        _write(recogniser, config, draft)
+        _write(model, config, draft)
         _replace(folder, draft)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -68,7 +68,7 @@ def load(folder: str | Path, *, weights: torch.dtype = torch.float32) -> Model:
     """The model of a folder, on the CPU, ready to use.
 
     Args:
-        folder: what `save` wrote, or a run (whose model is in ``RUN/model``), for a recogniser; what transformers
+        folder: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers
             wrote for a `speechkit.pretrained.nemotron`, for a streaming encoder, or for a `speechkit.pretrained.ast`,
             for a tagger or an encoder; or a ``.pth`` file of AST's original repository, for a tagger.
         weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
@@ -90,6 +90,27 @@ def _of_folder(home: Path) -> Model:
     model = _described(home, config)
     fill(model, read(home), home)
     return model
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """The nodes ``features`` and ``encoder`` of a model folder: what is to be built for its weights to fit.
+
+    Raises:
+        ValueError: where there is none, or it says nothing of them.
+    """
+    config = _config(model_folder(folder))
+    if "encoder" not in config:
+        raise ValueError(
+            f"{folder} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
+            f"yourself with encoder=NAME."
+        )
+    return {key: config.get(key) for key in ("features", "encoder")}
+
+
+def of_images(path: str | Path) -> bool:
+    """Whether a file holds a vision transformer that was trained on images, to start an AST from."""
+    path = Path(path)
+    return path.is_file() and ast.IMAGE_PATCHES in tensors_of(path)
 
 
 def load_recogniser(folder: str | Path) -> Recogniser:
@@ -133,14 +154,13 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _write(recogniser: Recogniser, config: Mapping[str, Any], folder: Path) -> None:
+def _write(model: Recogniser | Tagger, config: Mapping[str, Any], folder: Path) -> None:
     # A copy each, since safetensors refuses tied weights.
-    weights = {
-        name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in recogniser.state_dict().items()
-    }
+    weights = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(plain(config), indent=2) + "\n", encoding="utf-8")
-    recogniser.tokenizer.save(folder)
+    if isinstance(model, Recogniser):
+        model.tokenizer.save(folder)
     for file in folder.iterdir():
         with open(file, "rb") as written:
             os.fsync(written)
@@ -177,10 +197,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise _undescribed(folder, error) from error
 
 
-def _described(folder: Path, config: Mapping[str, Any]) -> Recogniser:
-    """The recogniser that config and tokenizer describe, with weights that mean nothing yet."""
+def _described(folder: Path, config: Mapping[str, Any]) -> Recogniser | Tagger:
+    """The model that config and tokenizer describe, with weights that mean nothing yet."""
     try:
-        return build_model(config, tokenizer=load_tokenizer(folder))
+        return build_model(config, tokenizer=load_tokenizer(folder) if "objective" in config else None)
     except (OSError, ValueError) as error:
         raise _undescribed(folder, error) from error
 

@@ -35,6 +35,7 @@ from speechkit.attention import Softmax
 from speechkit.encoders import AST
 from speechkit.encoders.ast import TOKENS, Positions
 from speechkit.features import FrontEnd, GlobalNorm, LogMel
+from speechkit.heads import Summary
 from speechkit.pretrained.weights import CONFIG, fill, put, read, tensors_of
 from speechkit.tagger import Tagger
 
@@ -79,7 +80,7 @@ TRANSFORMERS = Layout(
         "feed.0": "intermediate.dense",
         "feed.3": "output.dense",
     },
-    head={"0": "classifier.layernorm", "1": "classifier.dense"},
+    head={"norm": "classifier.layernorm", "linear": "classifier.dense"},
 )
 TIMM = Layout(
     front=_front("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "norm"),
@@ -92,8 +93,9 @@ TIMM = Layout(
         "feed.0": "mlp.fc1",
         "feed.3": "mlp.fc2",
     },
-    head={"0": "mlp_head.0", "1": "mlp_head.1"},
+    head={"norm": "mlp_head.0", "linear": "mlp_head.1"},
 )
+IMAGE_PATCHES = "patch_embed.proj.weight"
 IMAGES = ("head.", "head_dist.")  # classifiers of images, which the original keeps and does not use
 
 
@@ -172,7 +174,7 @@ def load_original(
         )
     names = [str(n) for n in range(classes)] if labels is None else labels
     front = front_end(mean=mean, std=std, bands=features)
-    tagger = Tagger(features=front, encoder=encoder, labels=names, frames=frames)
+    tagger = Tagger(features=front, encoder=encoder, labels=names, frames=frames, filled=True)
     parts = _parts(encoder, tagger)
     if faults := put(parts, dict(_unpacked(kept, encoder.positions)), _names(parts, TIMM, "v.")):
         raise ValueError(
@@ -251,8 +253,9 @@ def _tagger(folder: Path, config: Mapping[str, Any], encoder: AST, weights: Mapp
         encoder=encoder,
         labels=[names[number] for number in range(classes)],
         frames=config["max_length"],
+        head=partial(Summary, eps=config["layer_norm_eps"]),
         exclusive=config.get("problem_type") == "single_label_classification",
-        eps=config["layer_norm_eps"],
+        filled=True,
     )
 
 

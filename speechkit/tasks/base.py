@@ -18,11 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from speechkit import metrics
-from speechkit.recogniser import Recogniser
-from speechkit.stream import Context, ContextSampler
-from speechkit.types import Batch, EncoderOutput, FeatureOutput
-
 Parts = dict[str, Tensor]
 
 
@@ -107,12 +102,14 @@ class Task(LightningModule):
     made from it, and means the same whenever it was saved.
 
     Args:
+        model: what learns.
         optim: makes the optimizer and its schedule.
         seed: of the run.
     """
 
-    def __init__(self, *, optim: Optim, seed: int = 0) -> None:
+    def __init__(self, *, model: nn.Module, optim: Optim, seed: int = 0) -> None:
         super().__init__()
+        self.model: Any = model
         self.optim, self.seed = optim, seed
         self.position = Position()
         self.latest: dict[str, float] = {}  # what was reported last, for whoever shows it
@@ -183,9 +180,8 @@ class Task(LightningModule):
             logger.log_metrics({f"{kind}/batch": self.position.number, **self.latest}, self.position.step)
 
     def error_rate(self) -> float | None:
-        """The word error rate of the latest evaluation, the mean of all contexts that dev was heard in."""
-        rates = [value for name, value in self.latest.items() if name.startswith("dev/wer")]
-        return sum(rates) / len(rates) if rates else None
+        """What the models on the way are compared by, from the latest evaluation: 0 to 1, and lower is better."""
+        raise NotImplementedError
 
     @property
     def between_steps(self) -> bool:
@@ -261,79 +257,3 @@ class _Meter:
 
     def per_second(self) -> float:
         return float(self.frames) / (time.perf_counter() - self.start)
-
-
-class Transcribe(Task):
-    """Speech to text: a `Recogniser` learns from utterances and their transcripts.
-
-    On dev it hears whole utterances (``wer``) and, if its encoder streams, what a stream would hear (``wer_stream``).
-
-    Args:
-        recogniser: the model.
-        context: draws what the encoder may see in each batch.
-        tempo: of the features, in training, for example `speechkit.features.Tempo`.
-        spec_augment: of the features, in training; called as ``spec_augment(frames, lengths)``.
-    """
-
-    def __init__(
-        self,
-        *,
-        recogniser: Recogniser,
-        optim: Optim,
-        context: ContextSampler = ContextSampler(whole=1.0),  # noqa: B008 - a frozen value
-        tempo: Callable[[Tensor, Tensor], FeatureOutput] | None = None,
-        spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(optim=optim, seed=seed)
-        self.recogniser, self.context = recogniser, context
-        self.tempo, self.spec_augment = tempo, spec_augment
-        self.contexts = {"wer": Context()} | ({"wer_stream": recogniser.context} if recogniser.context.streams else {})
-
-    def losses(self, batch: Batch, dice: int) -> Parts:
-        frames, lengths = self.features(batch)
-        if self.tempo is not None:
-            frames, lengths = self.tempo(frames, lengths)
-        if self.spec_augment is not None:
-            frames = self.spec_augment(frames, lengths)
-        self._meter.frames += lengths.sum()
-        encoded = self.recogniser.encoder(frames, lengths, context=self.context.draw(dice))
-        return self.recogniser.objective(encoded, batch)
-
-    def features(self, batch: Batch) -> FeatureOutput:
-        """Nothing in a front end is trained."""
-        with torch.no_grad():
-            return self.recogniser.features(batch.samples, batch.sample_lengths)
-
-    def on_validation_epoch_start(self) -> None:
-        self._readings: dict[str, list[str]] = {name: [] for name in self.contexts}
-        self._references: list[str] = []
-        self._losses: list[tuple[Tensor, int]] = []
-
-    def validation_step(self, batch: Batch, index: int) -> Any:
-        """The texts heard in whole utterances."""
-        frames, lengths = self.features(batch)
-        self._references.extend(batch.texts)
-        for name, context in self.contexts.items():
-            encoded = self.recogniser.encoder(frames, lengths, context=context)
-            self._readings[name].extend(self.read(encoded))
-            if name == "wer":
-                self._losses.append((self.recogniser.objective(encoded, batch)["loss"], len(batch.ids)))
-        return self._readings["wer"][-len(batch.ids) :]
-
-    def read(self, encoded: EncoderOutput) -> list[str]:
-        """The best text of each utterance."""
-        return [self.recogniser.tokenizer.decode(best.tokens) for best, *_ in self.recogniser.search(encoded)]
-
-    def on_validation_epoch_end(self) -> None:
-        count = sum(size for _, size in self._losses)
-        sums = [sum(float(loss) * size for loss, size in self._losses), count]
-        for texts in self._readings.values():
-            found = metrics.word_errors(self._references, texts)
-            sums += [found.errors, found.words]
-        totals = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
-        values = {"loss": totals[0] / max(1, totals[1])}
-        for name, errors, words in zip(self.contexts, totals[2::2], totals[3::2], strict=True):
-            values[name] = errors / max(1, words)
-        self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
-        self.report("dev", values)

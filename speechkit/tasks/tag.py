@@ -1,0 +1,150 @@
+"""Sound to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speechkit import metrics
+from speechkit.tagger import Tagger
+from speechkit.tasks.base import Optim, Parts, Task
+from speechkit.types import TagBatch
+
+Rows = Float[Tensor, "B *_"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup:
+    """Two clips of a batch on top of each other, and their targets likewise (1710.09412, equation 1).
+
+    ``x = share a + (1 - share) b`` with a share from Beta(alpha, alpha), drawn for each clip; b is another clip.
+
+    Args:
+        of: ``"samples"`` mixes sounds (AST), ``"features"`` normalised spectrograms (PaSST).
+        alpha: 10 is near one half (AST); 0.3 is near one of both (PaSST).
+        probability: of a clip to be mixed.
+    """
+
+    of: Literal["samples", "features"] = "samples"
+    alpha: float = 10.0
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0 or not 0 <= self.probability <= 1:
+            raise ValueError(
+                f"Mixup.alpha must be more than 0 and its probability within 0 and 1, but they are {self.alpha} and "
+                f"{self.probability}; leave mixup out with task.mixup=null."
+            )
+
+    def draw(self, batch: int, device: torch.device) -> tuple[Float[Tensor, "B"], Int[Tensor, "B"]]:
+        """The share each clip keeps, and its partner: chance of torch's own generator."""
+        share = torch.distributions.Beta(self.alpha, self.alpha).sample((batch,)).to(device)
+        mixed = torch.rand(batch, device=device) < self.probability
+        return torch.where(mixed, share, 1.0), torch.randperm(batch, device=device)
+
+
+def mix(x: Rows, share: Float[Tensor, "B"], partner: Int[Tensor, "B"]) -> Rows:
+    """``share x + (1 - share) x[partner]``."""
+    share = share.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+    return share * x + (1 - share) * x[partner]
+
+
+class Tag(Task):
+    """Sound to labels: a `Tagger` learns from clips.
+
+    The loss is cross-entropy where classes exclude each other and binary cross-entropy, the mean over classes, where
+    they do not. Both take targets between 0 and 1, as mixup and label smoothing make them.
+
+    Args:
+        model: what learns.
+        mixup: of clips in a batch.
+        spec_augment: of the features, in training; called as ``spec_augment(frames, lengths)``.
+        label_smoothing: share of a target that is spread over all classes (or, for those that do not exclude each
+            other, moved towards one half).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Tagger,
+        optim: Optim,
+        mixup: Mixup | None = None,
+        spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model=model, optim=optim, seed=seed)
+        self.mixup, self.spec_augment, self.label_smoothing = mixup, spec_augment, label_smoothing
+
+    def losses(self, batch: TagBatch, dice: int) -> Parts:
+        samples, targets, lengths = batch.samples, self.smooth(batch.targets), batch.sample_lengths
+        share, partner = (self.mixup or Mixup(probability=0.0)).draw(len(samples), samples.device)
+        lengths = torch.where(share < 1, torch.maximum(lengths, lengths[partner]), lengths)
+        mixed = self.mixup.of if self.mixup else None
+        with torch.no_grad():  # nothing in a front end is trained
+            frames, counts = self.model.hear(mix(samples, share, partner) if mixed == "samples" else samples, lengths)
+        if mixed == "features":
+            frames = mix(frames, share, partner)
+        if self.spec_augment is not None:
+            frames = self.spec_augment(frames, counts)
+        self._meter.frames += counts.sum()
+        logits = self.model.logits(frames, None if self.model.filled else counts)
+        return {"loss": self.loss(logits, mix(targets, share, partner))}
+
+    def smooth(self, targets: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+        even = 1 / targets.shape[1] if self.model.exclusive else 0.5
+        return (1 - self.label_smoothing) * targets + self.label_smoothing * even
+
+    def loss(self, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
+        if self.model.exclusive:
+            return F.cross_entropy(logits, targets)
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def validation_step(self, batch: TagBatch, index: int) -> Float[Tensor, "B C"]:
+        """The scores of the clips, the long ones heard piece by piece."""
+        scores = self._scored(batch)
+        self._scores.append(scores)
+        self._targets.append(batch.targets.cpu())
+        return scores
+
+    def _scored(self, batch: TagBatch) -> Float[Tensor, "B C"]:
+        frames, counts = self.model.hear(batch.samples, batch.sample_lengths)
+        if frames.shape[1] <= self.model.frames:
+            logits = self.model.logits(frames, None if self.model.filled else counts)
+            return self.model.probabilities(logits.float()).cpu()
+        clips = zip(batch.samples.cpu(), batch.sample_lengths.tolist(), strict=True)
+        return torch.stack([self.model.scores(samples[:length]) for samples, length in clips])
+
+    def on_validation_epoch_end(self) -> None:
+        scores, targets = (self._from_all(torch.cat(rows)) for rows in (self._scores, self._targets))
+        known = scores.double().clamp(1e-12, 1 - 1e-12)
+        right = targets * known.log() + (0 if self.model.exclusive else (1 - targets) * (1 - known).log())
+        loss = -(right.sum(1).mean() if self.model.exclusive else right.mean())
+        values = {"loss": float(loss), **metrics.tagging(scores.numpy(), targets.numpy(), self.model.exclusive)}
+        self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
+        self.report("dev", values)
+
+    def _from_all(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks."""
+        if self.trainer.world_size == 1:
+            return rows
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, rows)
+        return torch.cat(parts)
+
+    def error_rate(self) -> float | None:
+        """The share of clips named wrongly; where classes do not exclude each other, what mean average precision lacks
+        to 1."""
+        best = self.latest.get("dev/accuracy" if self.model.exclusive else "dev/mAP")
+        return None if best is None else 1 - best
