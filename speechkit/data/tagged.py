@@ -135,7 +135,7 @@ def write_splits(out: Path, records: Sequence[Record], keys: Collection[str]) ->
 def _check(path: Path, records: Sequence[Record], labels: Sequence[str]) -> None:
     if not records:
         raise ValueError(f"{path} must have at least one clip, but none was found; see that the corpus is complete.")
-    strange = sorted({label for record in records for label in labels_of(record)} - set(labels))
+    strange = sorted({label for record in records for label in _heard(record)} - set(labels))
     if strange:
         raise ValueError(
             f"Every clip of {path} must have labels of the {len(labels)} classes, but {strange[0]!r} is none of them; "
@@ -143,15 +143,14 @@ def _check(path: Path, records: Sequence[Record], labels: Sequence[str]) -> None
         )
 
 
-def labels_of(record: Mapping[str, Any]) -> list[str]:
-    """What is heard in a clip, by its line in a manifest."""
+def _heard(record: Record) -> list[str]:
     return list(record["labels"]) if "labels" in record else [record["label"]]
 
 
 def _report(out: Path, manifests: Mapping[str, Sequence[Record]], labels: Sequence[str]) -> Iterator[str]:
     yield f"{out}: {len(labels)} classes"
     for name, records in _parts(manifests).items():
-        heard = Counter(label for record in records for label in labels_of(record))
+        heard = Counter(label for record in records for label in _heard(record))
         hours = sum(record["duration"] for record in records) / 3600
         yield f"  {name}: {len(records):,} clips, {hours:.2f} h"
         if absent := [label for label in labels if not heard[label]]:
