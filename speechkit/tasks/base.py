@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -203,6 +204,14 @@ class Task(LightningModule):
     def error_rate(self) -> float | None:
         """What the models on the way are compared by, from the latest evaluation: 0 to 1, and lower is better."""
         raise NotImplementedError
+
+    def from_all(self, items: list[Any]) -> list[Any]:
+        """The items of every rank, those of the first rank first; every rank must call it."""
+        if self.trainer.world_size == 1:
+            return items
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     @property
     def between_steps(self) -> bool:

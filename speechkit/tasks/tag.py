@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -130,21 +129,13 @@ class Tag(Task):
         return torch.stack([self.model.scores(samples[:length]) for samples, length in clips])
 
     def on_validation_epoch_end(self) -> None:
-        scores, targets = (self._from_all(torch.cat(rows)) for rows in (self._scores, self._targets))
+        scores, targets = (torch.cat(self.from_all(rows)) for rows in (self._scores, self._targets))
         known = scores.double().clamp(1e-12, 1 - 1e-12)
         right = targets * known.log() + (0 if self.model.exclusive else (1 - targets) * (1 - known).log())
         loss = -(right.sum(1).mean() if self.model.exclusive else right.mean())
         values = {"loss": float(loss), **metrics.tagging(scores.numpy(), targets.numpy(), self.model.exclusive)}
         self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
         self.report("dev", values)
-
-    def _from_all(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks."""
-        if self.trainer.world_size == 1:
-            return rows
-        parts: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(parts, rows)
-        return torch.cat(parts)
 
     def error_rate(self) -> float | None:
         """The share of clips named wrongly; where classes do not exclude each other, what mean average precision lacks

@@ -65,7 +65,7 @@ class Transcribe(Task):
     def on_validation_epoch_start(self) -> None:
         self._readings: dict[str, list[str]] = {name: [] for name in self.contexts}
         self._references: list[str] = []
-        self._losses: list[tuple[Tensor, int]] = []
+        self._losses: list[tuple[float, int]] = []
 
     def validation_step(self, batch: Batch, index: int) -> Any:
         """The texts heard in whole utterances."""
@@ -75,7 +75,7 @@ class Transcribe(Task):
             encoded = self.model.encoder(frames, lengths, context=context)
             self._readings[name].extend(self.read(encoded))
             if name == "wer":
-                self._losses.append((self.model.objective(encoded, batch)["loss"], len(batch.ids)))
+                self._losses.append((float(self.model.objective(encoded, batch)["loss"]), len(batch.ids)))
         return self._readings["wer"][-len(batch.ids) :]
 
     def read(self, encoded: EncoderOutput) -> list[str]:
@@ -83,14 +83,9 @@ class Transcribe(Task):
         return [self.model.tokenizer.decode(best.tokens) for best, *_ in self.model.search(encoded)]
 
     def on_validation_epoch_end(self) -> None:
-        count = sum(size for _, size in self._losses)
-        sums = [sum(float(loss) * size for loss, size in self._losses), count]
-        for texts in self._readings.values():
-            found = metrics.word_errors(self._references, texts)
-            sums += [found.errors, found.words]
-        totals = self.trainer.strategy.reduce(torch.tensor(sums, device=self.device), reduce_op="sum").tolist()
-        values = {"loss": totals[0] / max(1, totals[1])}
-        for name, errors, words in zip(self.contexts, totals[2::2], totals[3::2], strict=True):
-            values[name] = errors / max(1, words)
+        said, losses = self.from_all(self._references), self.from_all(self._losses)
+        values = {"loss": sum(loss * size for loss, size in losses) / max(1, sum(size for _, size in losses))}
+        for name, texts in self._readings.items():
+            values[name] = metrics.word_errors(said, self.from_all(texts)).rate
         self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
         self.report("dev", values)
