@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser, samples_of
 from speechkit.search import Endpoint, Search, stable_prefix
-from speechkit.stream import Context, clone_state, first, put, put_, state_bytes, take
-from speechkit.traced import Traced
-from speechkit.types import EncoderOutput, Hypothesis, Seconds, Transcript, Word
+from speechkit.steps import GraphRows, Rows, TracedRows
+from speechkit.stream import Context, put, state_bytes, take
+from speechkit.types import Hypothesis, Seconds, Transcript, Word
 from speechkit.vad import Piece, Vad, Voices, listen
 
 CHUNK: Seconds = 0.64
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # streams a step is traced for; fewer than the next size go with it
 LEFT: Seconds = 2.56  # four such chunks cost 0.07 % CER against all of the past (wenet runtime/gpu, WenetSpeech)
 
 
@@ -173,23 +172,22 @@ class Session:
         self.vad = vad
         self.chunk = self.context.latency() * recogniser.frame_samples  # samples a step takes of each stream
         self._streams: list[_Stream | None] = [None] * slots
-        self._state = clone_state(recogniser.init_state(slots, context=self.context))
+        self._rows = Rows(recogniser, self.context, slots)
         self._found = self.search.init_state(slots)
-        self._step, self._traced = Traced(recogniser.stream), list[int]()
 
     @torch.inference_mode()
     def trace(self, most: int = 8) -> None:
-        """Find out now what a step of up to ``most`` streams consists of, see `Traced`: a second or so for each size.
+        """Find out now what a step consists of, a second or so for each number of streams. Before the first stream.
 
-        Before the first stream. Without it every step walks through the modules of the model, which takes some
-        milliseconds more. Steps of more streams do so in any case: there it hardly counts.
+        On a CPU steps of up to ``most`` streams are traced, see `speechkit.traced.Traced`; without it every step walks
+        through the modules of the model, which takes some milliseconds more. On a GPU all become CUDA graphs, see
+        `speechkit.graphs.Graphs`.
         """
-        for size in (size for size in SIZES if size <= min(most, len(self._streams))):
-            samples, lengths = torch.zeros(size, self.chunk), torch.full((size,), self.chunk)
-            state = self.recogniser.init_state(size, context=self.context)
-            device = self.recogniser.device
-            self._step.know(samples.to(device), lengths.to(device), state, context=self.context)
-            self._traced.append(size)
+        rows, silence = self._rows, torch.zeros(self.chunk, device=self.recogniser.device)
+        if silence.is_cuda:
+            self._rows = GraphRows(self.recogniser, self.context, rows.slots, chunk=silence)
+        else:
+            self._rows = TracedRows(self.recogniser, self.context, rows.slots, most=most, chunk=silence)
 
     @property
     def free(self) -> int:
@@ -204,7 +202,7 @@ class Session:
     @property
     def state_bytes(self) -> int:
         """Bytes of the batched state; the same after an hour as after a minute."""
-        return state_bytes(self._state)
+        return state_bytes(self._rows.state)
 
     def waiting(self, slot: int) -> Seconds:
         """Audio of a stream that was pushed and is to be heard yet: with a server that keeps up, less than a chunk."""
@@ -226,7 +224,7 @@ class Session:
         resampler = Resampler(
             source_hz=sample_rate or self.recogniser.sample_rate, target_hz=self.recogniser.sample_rate
         )
-        self._state = put_(self._state, [slot], self.recogniser.init_state(1, context=self.context))
+        self._rows.begin([slot])
         self._found = put(self._found, [slot], self.search.init_state(1))
         self._streams[slot] = _Stream(resampler, resampler.init_state(1), self.vad.open() if self.vad else None)
         return slot
@@ -283,7 +281,7 @@ class Session:
         if not rows:
             return []
         samples, lengths = self._cut(rows)
-        encoded = self._encode(rows, samples, lengths)
+        encoded = self._rows(rows, samples, lengths)
         beams, found = self.search.step(encoded, take(self._found, rows))
         self._found = put(self._found, rows, found)
         for slot, frames in zip(rows, encoded.lengths.tolist(), strict=True):
@@ -306,22 +304,7 @@ class Session:
     def _restart(self, rows: Sequence[int]) -> None:
         """These streams have come to the end of a region."""
         if rows:
-            self._state = put_(self._state, rows, self.recogniser.init_state(len(rows), context=self.context))
-
-    def _encode(self, rows: list[int], samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> EncoderOutput:
-        """The next frames of the streams ``rows``, whose state moves on."""
-        size = next((size for size in self._traced if size >= len(rows)), None)
-        if size is None:
-            encoded, state = self.recogniser.stream(samples, lengths, take(self._state, rows), context=self.context)
-        else:  # rows that are too many repeat the first, and say nothing
-            more = size - len(rows)
-            samples, lengths = nn.functional.pad(samples, (0, 0, 0, more)), nn.functional.pad(lengths, (0, more))
-            state = take(self._state, rows + rows[:1] * more)
-            encoded, state = self._step(samples, lengths, state, context=self.context)
-            encoded = EncoderOutput(encoded.frames[: len(rows)], encoded.lengths[: len(rows)])
-            state = first(state, len(rows))
-        self._state = put_(self._state, rows, state)
-        return encoded
+            self._rows.begin(rows)
 
     def _open(self, slot: int) -> _Stream:
         stream = self._streams[slot] if 0 <= slot < len(self._streams) else None

@@ -18,6 +18,7 @@ FLOORS = (
     ("types",),
     ("stream", "audio", "text", "schema"),
     ("features", "testing", "kernels", "traced", "graphs", "vad"),
+    ("steps",),
     ("data", "cut"),
     ("layers",),
     ("attention",),

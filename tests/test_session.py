@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from test_graphs import recorded
 from tiny import node, sound, tiny
 
 from speechkit.features import Resampler
 from speechkit.recogniser import Recogniser
 from speechkit.search import Endpoint, Greedy, JointBeam, PrefixBeam, Rescored
 from speechkit.session import Session, Update, live_context, transcribe, transcript
+from speechkit.steps import GraphRows
 from speechkit.stream import Context
 from speechkit.types import Transcript
 
@@ -287,8 +290,21 @@ def test_an_encoder_that_cannot_stream_says_so(model: Recogniser) -> None:
         Session(model, context=Context(chunk=4))
 
 
+def traced(session: Session) -> None:
+    session.trace(most=4)  # steps of 5 and 6 streams go the ordinary way
+
+
+def graphed(session: Session) -> None:
+    """As on a GPU, where a recording of the operators stands for the graph."""
+    chunk = torch.zeros(session.chunk)
+    session._rows = GraphRows(session.recogniser, session.context, session._rows.slots, chunk=chunk, record=recorded)
+
+
+@pytest.mark.parametrize("way", [traced, graphed])
 @pytest.mark.parametrize("encoder", ["Conformer", "Squeezeformer"])
-def test_a_traced_session_says_the_same_while_streams_come_pause_and_go(encoder: str) -> None:
+def test_steps_prepared_beforehand_say_the_same_while_streams_come_pause_and_go(
+    encoder: str, way: Callable[[Session], None]
+) -> None:
     model = tiny(encoder=node()["encoder"] | {"_target_": f"speechkit.encoders.{encoder}"})
     clips = [sound(1.0 + 0.37 * seed, seed=seed) for seed in range(12)]
 
@@ -312,10 +328,20 @@ def test_a_traced_session_says_the_same_while_streams_come_pause_and_go(encoder:
                     del number_in[update.slot]
         return updates
 
-    plain, traced = Session(model, slots=6, endpoint=None), Session(model, slots=6, endpoint=None)
-    traced.trace(most=4)  # steps of 5 and 6 streams go the ordinary way
-    expected, found = said(plain), said(traced)
+    plain, prepared = Session(model, slots=6, endpoint=None), Session(model, slots=6, endpoint=None)
+    way(prepared)
+    expected, found = said(plain), said(prepared)
     assert expected.keys() == found.keys() == set(range(12))
     for number, updates in expected.items():
         assert updates[-1].text
         assert_same(updates, found[number])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+def test_a_session_on_a_gpu_says_the_same_through_cuda_graphs() -> None:
+    plain, prepared = (Session(tiny().cuda(), slots=3, endpoint=None) for _ in range(2))
+    prepared.trace()
+    assert isinstance(prepared._rows, GraphRows)
+    for seed in range(3):
+        assert_same(run(plain, sound(2.0, seed=seed)), run(prepared, sound(2.0, seed=seed)))
