@@ -53,9 +53,9 @@ def _on_ten_clips(settings: DictConfig, manifest: Path, run: Path) -> DictConfig
 
 
 def give_classes(model: DictConfig) -> None:
-    """Classes that need no file, and no more frames at once than the clips have, for a tagger."""
+    """Classes that need no file, and five seconds at once at most, for a tagger."""
     if "labels" in model:
-        model.update(labels=list(CLASSES), frames=120)
+        model.update(labels=list(CLASSES), frames=min(model.frames, 512))
 
 
 def _record(folder: Path, tokenizer: Tokenizer | None) -> Path:
