@@ -318,10 +318,10 @@ class FrontEnd(nn.Module):
 
     Args:
         mel: the filter bank.
-        norm: `GlobalNorm` or `StreamingNorm`; ``None`` leaves the frames as they are.
+        norm: `GlobalNorm`, `StreamingNorm` or `FixedNorm`; ``None`` leaves the frames as they are.
     """
 
-    def __init__(self, *, mel: LogMel, norm: GlobalNorm | None = None) -> None:
+    def __init__(self, *, mel: LogMel, norm: FixedNorm | None = None) -> None:
         super().__init__()
         if norm is not None and norm.dim != mel.dim:
             raise ValueError(f"FrontEnd.norm must have the {mel.dim} bands of mel, but has {norm.dim}; set its dim.")
