@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from speechkit import audio
+from speechkit import audio, config
+from speechkit.app.train import complete
 from speechkit.data import tagged
 from speechkit.data.corpora import Source, fold_of, labels_of, read_corpus, speaker_of, write_manifest
+from speechkit.datamodule import TagData
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAMES = ("audioset", "donateacry", "esc10", "esc50", "ravdess", "speechcommands", "urbansound8k", "wakewords")
@@ -75,6 +77,12 @@ def test_held_out_recordings_of_esc50_are_not_trained_on(tmp_path: Path) -> None
         for chosen in ({"without_folds": [3]}, {"folds": [3]})
     )
     assert held_out == {"1003"} and trained == {"1001", "1002", "1004", "1005"}
+
+
+def test_a_fold_that_is_not_there_cannot_be_held_out(tmp_path: Path) -> None:
+    PREPARE["esc50"](esc50(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"must have the folds .*, but has no 6 among folds 1 \(6\), .*; correct"):
+        Source(path=str(tmp_path / "out" / "clips.jsonl"), without_folds=[6]).cuts(transcribed=False)
 
 
 def test_esc10_of_esc50_is_what_its_column_says(tmp_path: Path) -> None:
@@ -298,6 +306,39 @@ def test_no_recording_is_in_two_folds(prepared: dict[str, Path], name: str) -> N
     for line in lines(prepared[name] / "clips.jsonl"):
         folds.setdefault(line["recording"], set()).add(line["fold"])
     assert all(len(found) == 1 for found in folds.values())
+
+
+@pytest.mark.parametrize("name", ["esc10", "wakewords", "ravdess", "donateacry"])
+def test_config_reads_what_its_preparation_wrote(
+    name: str, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    PREPARE[name](recordings, Path("data", name))
+    data = read_by(RECIPES / name / "conf" / f"{name}.yaml")
+    tested = [cut for batch in data.test_batches("clips").batches for cut in batch]
+    assert len(data.train_cuts["clips"]) + len(data.dev_cuts) + len(tested) == RECORDED[name]
+
+
+def test_folds_of_a_config_are_all_but_one_and_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    PREPARE["esc50"](esc50(tmp_path / "in"), Path("data/esc50"))
+    PREPARE["urbansound8k"](urbansound8k(tmp_path / "us"), Path("data/urbansound8k"))
+    configs = {"esc50/conf/esc50": (5, 6), "esc50/conf/esc10": (5, 4), "urbansound8k/conf/urbansound8k": (10, 2)}
+    for path, (folds, clips) in configs.items():
+        data = read_by(RECIPES / f"{path}.yaml", "fold=4")
+        assert {fold_of(cut) for cut in data.train_cuts["clips"]} == set(range(1, folds + 1)) - {4}
+        assert [fold_of(cut.cut) for batch in data.test_batches("clips").batches for cut in batch] == [4] * clips
+    assert not data.dev_cuts  # nothing is chosen by what is reported
+
+
+def read_by(path: Path, *overrides: str) -> TagData:
+    """The data of a config, checked against its classes."""
+    settings = config.compose(path, overrides)
+    complete(settings)
+    labels, exclusive = list(settings.model.labels), settings.model.exclusive
+    data = config.build(settings.data, "data", labels=labels, exclusive=exclusive)
+    data.setup("fit")
+    return data
 
 
 def test_absent_recordings_are_named(tmp_path: Path) -> None:

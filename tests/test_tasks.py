@@ -108,7 +108,7 @@ def test_stairs_fall_as_those_of_torch_do_by_epochs() -> None:
 def test_stairs_begin_with_their_warmup() -> None:
     rate = Stairs(first=6, every=2, warmup=3)
     assert [rate(step) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.5, 0.5, 0.25])
-    with pytest.raises(ValueError, match="Stairs.every must be at least one step, but is 0"):
+    with pytest.raises(ValueError, match=r"Stairs.every must be at least one step, but is 0"):
         Stairs(first=1, every=0)
 
 
