@@ -250,7 +250,39 @@ class CentredMel(LogMel):
         return (power @ self.mel + self.floor).log()
 
 
-class GlobalNorm(nn.Module):
+class FixedNorm(nn.Module):
+    """All bands minus one mean, divided by one deviation, as given: for a published training to be done again.
+
+    Args:
+        dim: bands.
+        mean, std: of all of them; saved with the model.
+    """
+
+    mean: Float[Tensor, "F"]
+    std: Float[Tensor, "F"]
+
+    def __init__(self, *, dim: int, mean: float, std: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("mean", torch.full((dim,), mean))
+        self.register_buffer("std", torch.full((dim,), std))
+
+    def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
+        """Whole recordings, of which the first ``lengths`` frames are real."""
+        return self.stream(frames, lengths, self.init_state(len(frames)))[0]
+
+    def init_state(self, batch: int) -> State:
+        """Nothing."""
+        return ()
+
+    def stream(
+        self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"], state: State
+    ) -> tuple[FeatureOutput, State]:
+        """The next frames of each stream."""
+        return FeatureOutput(keep_valid((frames - self.mean) / self.std, lengths), lengths), state
+
+
+class GlobalNorm(FixedNorm):
     """Every band minus its mean, divided by its standard deviation, both measured once on training data by `fit`.
 
     Mean and deviation are saved with the model. Until `fit` has run they are the same two numbers for all bands.
@@ -260,14 +292,8 @@ class GlobalNorm(nn.Module):
         mean, std: what to start from. Speech recorded at an ordinary level lies around 14 with a deviation of 4.
     """
 
-    mean: Float[Tensor, "F"]
-    std: Float[Tensor, "F"]
-
     def __init__(self, *, dim: int, mean: float = 14.0, std: float = 4.0) -> None:
-        super().__init__()
-        self.dim = dim
-        self.register_buffer("mean", torch.full((dim,), mean))
-        self.register_buffer("std", torch.full((dim,), std))
+        super().__init__(dim=dim, mean=mean, std=std)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[FeatureOutput]) -> None:
@@ -288,20 +314,6 @@ class GlobalNorm(nn.Module):
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-3, std, 1.0))  # a band that never changes
-
-    def forward(self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"]) -> FeatureOutput:
-        """Whole recordings, of which the first ``lengths`` frames are real."""
-        return self.stream(frames, lengths, self.init_state(len(frames)))[0]
-
-    def init_state(self, batch: int) -> State:
-        """Nothing."""
-        return ()
-
-    def stream(
-        self, frames: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"], state: State
-    ) -> tuple[FeatureOutput, State]:
-        """The next frames of each stream."""
-        return FeatureOutput(keep_valid((frames - self.mean) / self.std, lengths), lengths), state
 
 
 class StreamingNorm(GlobalNorm):
@@ -418,10 +430,10 @@ class FrontEnd(nn.Module):
 
     Args:
         mel: the filter bank, `LogMel` or `CentredMel`; or `Samples`.
-        norm: `GlobalNorm`, `StreamingNorm` or `UtteranceNorm`; ``None`` leaves the frames as they are.
+        norm: `GlobalNorm`, `StreamingNorm`, `FixedNorm` or `UtteranceNorm`; ``None`` leaves the frames as they are.
     """
 
-    def __init__(self, *, mel: LogMel | Samples, norm: GlobalNorm | UtteranceNorm | None = None) -> None:
+    def __init__(self, *, mel: LogMel | Samples, norm: FixedNorm | UtteranceNorm | None = None) -> None:
         super().__init__()
         if norm is not None and norm.dim != mel.dim:
             raise ValueError(f"FrontEnd.norm must have the {mel.dim} bands of mel, but has {norm.dim}; set its dim.")

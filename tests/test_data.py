@@ -25,6 +25,7 @@ from speechkit.data import (
     Recorded,
     RecordedRoom,
     Room,
+    Shift,
     Source,
     Telephone,
 )
@@ -215,6 +216,7 @@ SPEECH = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) * 0.1
 EFFECTS = {
     "gain": Gain(),
     "microphone": Microphone(),
+    "shift": Shift(),
     "telephone": Telephone(),
     "noise": Noise(source=Hiss()),
     "room": Room(),
@@ -227,6 +229,13 @@ def test_effects_keep_the_length_and_depend_on_the_dice_alone(name: str) -> None
     assert first.shape == (RATE - 1,) and np.isfinite(first).all()
     assert np.array_equal(first, again)
     assert name == "telephone" or not np.array_equal(first, other)
+
+
+def test_shifted_sound_is_the_same_sound_elsewhere() -> None:
+    click = np.zeros(RATE, np.float32)
+    click[RATE // 2] = 1.0
+    places = [int(Shift(seconds=0.1)(click, RATE, chance(key)).argmax()) for key in range(200)]
+    assert min(places) >= 0.4 * RATE and max(places) <= 0.6 * RATE and max(places) - min(places) > 0.15 * RATE
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 12.5, 30.0])

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from speechkit import audio, features
-from speechkit.features import FrontEnd, GlobalNorm, LogMel, Resampler, SpecAugment, StreamingNorm, Tempo
+from speechkit.features import FixedNorm, FrontEnd, GlobalNorm, LogMel, Resampler, SpecAugment, StreamingNorm, Tempo
 from speechkit.stream import put, state_bytes, take
 from speechkit.types import FeatureOutput
 
@@ -302,6 +302,14 @@ def test_global_norm_is_fitted_on_real_frames_only() -> None:
     out = norm(frames, lengths)
     _assert_close(out.frames[1, :300].double(), (real[500:800] - real.mean(0)) / real.std(0, unbiased=False), 1e-4)
     assert not out.frames[2, 7:].any()
+
+
+def test_given_statistics_are_not_measured_again() -> None:
+    frames, lengths = _ragged([50, 20], 4)
+    norm = FixedNorm(dim=4, mean=-6.5, std=10.0)
+    assert not hasattr(norm, "fit")
+    _assert_close(norm(frames, lengths).frames[0], (frames[0] + 6.5) / 10.0, 1e-6)
+    assert not norm(frames, lengths).frames[1, 20:].any()
 
 
 def test_a_band_that_never_changes_is_not_blown_up() -> None:

@@ -18,7 +18,9 @@ named = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent
 
 @named
 def test_config_builds_a_model(path: Path) -> None:
-    model = config.build_model(config.compose(path).model)
+    node = config.compose(path).model
+    pin_losses.give_classes(node)
+    model = config.build_model(node)
     assert sum(weight.numel() for weight in model.parameters()) > 1000
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from speechkit.features import SpecAugment
 from speechkit.pretrained.state import StateIO
 from speechkit.stream import ContextSampler
-from speechkit.tasks import Constant, Noam, Optim, Transcribe, WarmupCosine, chance
+from speechkit.tasks import Constant, Noam, Optim, Stairs, Transcribe, WarmupCosine, chance
 from speechkit.types import Batch
 
 
@@ -93,6 +93,23 @@ def test_noam_has_its_peak_of_one_at_the_end_of_the_warmup() -> None:
 def test_constant_stays_after_its_warmup() -> None:
     rate = Constant(warmup=3)
     assert [rate(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_stairs_fall_as_those_of_torch_do_by_epochs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    epochs = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(range(10, 1000, 5)), gamma=0.5)
+    rate = Stairs(first=10 * 7, every=5 * 7, factor=0.5)  # seven steps an epoch
+    for epoch in range(25):
+        assert [rate(7 * epoch + step) for step in range(7)] == pytest.approx([optimizer.param_groups[0]["lr"]] * 7)
+        optimizer.step()
+        epochs.step()
+
+
+def test_stairs_begin_with_their_warmup() -> None:
+    rate = Stairs(first=6, every=2, warmup=3)
+    assert [rate(step) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.5, 0.5, 0.25])
+    with pytest.raises(ValueError, match=r"Stairs.every must be at least one step, but is 0"):
+        Stairs(first=1, every=0)
 
 
 def test_cosine_shorter_than_its_warmup_is_refused() -> None:

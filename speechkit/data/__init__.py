@@ -1,6 +1,17 @@
 """Corpora, augmentation and batches: everything between files on a disk and a `speechkit.types.Batch`."""
 
-from speechkit.data.augment import Augment, Gain, Hiss, Microphone, Noise, Recorded, RecordedRoom, Room, Telephone
+from speechkit.data.augment import (
+    Augment,
+    Gain,
+    Hiss,
+    Microphone,
+    Noise,
+    Recorded,
+    RecordedRoom,
+    Room,
+    Shift,
+    Telephone,
+)
 from speechkit.data.batching import Batches, Utterance, plan
 from speechkit.data.corpora import Source, read_corpus
 from speechkit.data.targets import Labels, Targets, Transcripts, check_text
@@ -16,6 +27,7 @@ __all__ = [
     "Recorded",
     "RecordedRoom",
     "Room",
+    "Shift",
     "Source",
     "Targets",
     "Telephone",

@@ -85,6 +85,16 @@ class Gain:
         return samples * 10 ** (dice.uniform(*self.db) / 20)
 
 
+class Shift:
+    """Earlier or later by at most ``seconds``; what leaves at one end comes in at the other."""
+
+    def __init__(self, *, seconds: float = 0.1, probability: float = 1.0) -> None:
+        self.seconds, self.probability = seconds, probability
+
+    def __call__(self, samples: Samples, sample_rate: int, dice: random.Random) -> Samples:
+        return np.roll(samples, round(dice.uniform(-self.seconds, self.seconds) * sample_rate))
+
+
 class Microphone:
     """The frequency response of another microphone: a gain for every octave, ``db`` at most, straight lines between.
 

@@ -85,9 +85,15 @@ class Source:
             transcribed: whether each must have a text; what is tagged has labels instead.
 
         Raises:
-            ValueError: as `read_corpus`, and if the filters leave nothing, with what there is to choose from.
+            ValueError: as `read_corpus`, if the filters leave nothing, with what there is to choose from, and if there
+                is no such fold to be left out.
         """
         every = read_corpus(self.path, transcribed=transcribed)
+        if absent := set(self.without_folds) - {fold_of(cut) for cut in every}:
+            raise ValueError(
+                f"{self.path} must have the folds that are left out, or nothing is held out, but has no "
+                f"{next(iter(absent))} among {_census('fold', fold_of, every)}; correct without_folds, or fold=."
+            )
         wanted = [cut for cut in every if self._wants(cut)]
         if not wanted:
             kinds = (("split", split_of), ("fold", fold_of), ("speaker", speaker_of))

@@ -3,7 +3,7 @@
 `Task` is what every training has in common; a subclass says what the loss of a batch is and how dev is judged.
 """
 
-from speechkit.tasks.base import Constant, Noam, Optim, Parts, Position, Task, WarmupCosine, chance
+from speechkit.tasks.base import Constant, Noam, Optim, Parts, Position, Stairs, Task, WarmupCosine, chance
 from speechkit.tasks.pretrain import Pretrain
 from speechkit.tasks.tag import Mixup, Tag
 from speechkit.tasks.transcribe import Transcribe
@@ -16,6 +16,7 @@ __all__ = [
     "Parts",
     "Position",
     "Pretrain",
+    "Stairs",
     "Tag",
     "Task",
     "Transcribe",

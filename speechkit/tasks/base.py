@@ -64,6 +64,27 @@ class Constant:
         return min(1.0, (step + 1) / (self.warmup + 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stairs:
+    """Up in a line, then times ``factor`` at step ``first`` and again ``every`` so many steps after it.
+
+    A published schedule by epochs is one of steps with the clips of its data set over those of a batch.
+    """
+
+    first: int
+    every: int
+    factor: float = 0.5
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"Stairs.every must be at least one step, but is {self.every}; optim=constant has none.")
+
+    def __call__(self, step: int) -> float:
+        falls = 0 if step < self.first else (step - self.first) // self.every + 1
+        return min(1.0, (step + 1) / (self.warmup + 1)) * self.factor**falls
+
+
 class Optim:
     """An optimizer and the schedule of its rate.
 

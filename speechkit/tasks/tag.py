@@ -66,6 +66,7 @@ class Tag(Task):
         model: what learns.
         mixup: of clips in a batch.
         spec_augment: of the features, in training; called as ``spec_augment(frames, lengths)``.
+        binary: binary cross-entropy also where classes exclude each other, as AST was trained on Speech Commands.
         label_smoothing: share of a target that is spread over all classes (or, for those that do not exclude each
             other, moved towards one half).
     """
@@ -77,11 +78,13 @@ class Tag(Task):
         optim: Optim,
         mixup: Mixup | None = None,
         spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+        binary: bool = False,
         label_smoothing: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(model=model, optim=optim, seed=seed)
         self.mixup, self.spec_augment, self.label_smoothing = mixup, spec_augment, label_smoothing
+        self.exclusive = model.exclusive and not binary
 
     def losses(self, batch: TagBatch, dice: int) -> Parts:
         samples, targets, lengths = batch.samples, self.smooth(batch.targets), batch.sample_lengths
@@ -99,11 +102,11 @@ class Tag(Task):
         return self.model.head.learn(encoded, partial(self.loss, targets=mix(targets, share, partner)))
 
     def smooth(self, targets: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        even = 1 / targets.shape[1] if self.model.exclusive else 0.5
+        even = 1 / targets.shape[1] if self.exclusive else 0.5
         return (1 - self.label_smoothing) * targets + self.label_smoothing * even
 
     def loss(self, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
-        if self.model.exclusive:
+        if self.exclusive:
             return F.cross_entropy(logits, targets)
         return F.binary_cross_entropy_with_logits(logits, targets)
 
