@@ -16,16 +16,18 @@ from speechkit.encoders import AST
 from speechkit.heads import Summary
 from speechkit.recogniser import evaluating
 from speechkit.tagger import Piece, Tagger
+from speechkit.tuning import Prefix, Prompts
 
 
 def explain(tagger: Tagger, piece: Piece) -> tuple[str, Float[Tensor, "T F"]]:
     """How it was found out, and how much each real feature of a piece has to do with the label of highest score.
 
     An AST whose summary is classified has its attention rolled out, the same for every label; everything else has
-    gradient times input.
+    gradient times input, also an AST that was tuned to attend to more than patches.
     """
     lengths = None if tagger.filled else torch.tensor([piece.length], device=piece.features.device)
-    if isinstance(tagger.encoder, AST) and isinstance(tagger.head, Summary):
+    patches_alone = not isinstance(tagger.tuning, Prefix | Prompts)
+    if isinstance(tagger.encoder, AST) and isinstance(tagger.head, Summary) and patches_alone:
         grid = rollout(tagger.encoder, piece.features, lengths)[0]
         return "attention rollout", spread(tagger.encoder, grid, piece.features.shape[1])[: piece.length].cpu()
     return "gradient times input", sensitivity(tagger, piece.features, lengths)[0, : piece.length].cpu()

@@ -14,8 +14,10 @@ from tuning_cases import BANDS, Model, encoder, node, randomised, sounds, train,
 
 from speechkit.attention import Softmax
 from speechkit.config import build
+from speechkit.explain import explain
 from speechkit.layers import Linear, shrink
 from speechkit.stream import Context, fresh_span
+from speechkit.tagger import Piece, Tagger
 from speechkit.traced import Traced
 from speechkit.tuning import (
     Adapters,
@@ -480,3 +482,20 @@ def test_prefixes_need_our_own_attention(method: Any) -> None:
         block.attention = nn.Sequential(nn.Linear(24, 24))
     with pytest.raises(ValueError, match=r"must find speechkit.attention.Softmax .* but AST has Sequential"):
         method.apply(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("prompt_deep", "gradient times input"),
+        ("prefix", "gradient times input"),
+        ("lora", "attention rollout"),
+        ("soft_moa", "attention rollout"),
+    ],
+)
+def test_attention_is_rolled_out_where_it_is_to_patches_alone(method: str, way: str) -> None:
+    tagger = Tagger(features=None, encoder=encoder("ast_tiny"), labels=["a", "b"], frames=96)
+    build(node(method), "model.tuning").apply(tagger)
+    features = sounds(1, 96)
+    found, heat = explain(tagger, Piece(0, 90, features, tagger.encoder(features)))
+    assert found == way and heat.shape == (90, BANDS) and torch.isfinite(heat).all()
