@@ -110,7 +110,8 @@ def confusion(counts: Int[np.ndarray, "C C"], labels: Sequence[str], title: str)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > 0.5 else INK
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=small, color=color)
-    axes.set_xticks(range(count), labels, rotation=90 if count > 6 else 0, fontsize=small + 0.5)
+    turned = 0.085 * max(map(len, labels)) > size / count  # a letter is about so many inches wide
+    axes.set_xticks(range(count), labels, rotation=90 if turned else 0, fontsize=small + 0.5)
     axes.set_yticks(range(count), labels, fontsize=small + 0.5)
     axes.set_xticks(np.arange(1, count) - 0.5, minor=True)
     axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
