@@ -89,7 +89,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
     for file in sorted(config.catalogue().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
         if "speechkit.datamodule.TagData" in file.read_text() or group in OF_TAGGERS:
-            config.compose(tags, [f"{'+' * (group in ('data', 'tuning'))}{group}={choice}"])
+            config.compose(tags, [f"{'+' * (group == 'data')}{group}={choice}", "fold=1"])
         elif group in OF_PRETRAINING:
             config.compose("recipes/sounds_mae/conf/sounds_mae.yaml", [f"{group}={choice}"])
         else:

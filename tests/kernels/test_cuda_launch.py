@@ -119,7 +119,9 @@ def test_threads_may_come_at_the_same_time(gpu: Emulator) -> None:
     cases = [build(each) for each in CASES[:6]] * 2
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(attend, cases))) == 12
-    assert gpu.machine.loads >= 4
+    assert (
+        len(set(gpu.asked)) == 3
+    )  # variants; a machine of fewer cores has each loaded once, others some of them again
 
 
 def test_what_the_compiler_says_is_the_error(gpu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
