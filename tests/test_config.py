@@ -82,6 +82,7 @@ def test_every_file_of_the_catalogue_can_be_chosen(tones: Path, tags: Path) -> N
         "sentencepiece": ["~model.text.symbols", "model.text.model=x"],
         "words": ["~model.text.symbols"],
         "recorded": ["augment.effects.noise.source.path=x"],
+        "ast": ["optim.optimizer.lr=1e-5", "optim.schedule.first=2", "optim.schedule.every=1"],
         **{f"ast_{size}": ["~model.encoder.subsampling"] for size in ("mini", "tiny", "small", "base")},
         "wav2vec2_base": ["~model.encoder.subsampling"],
         "samples": ["~model.features.mel.bands", "model.encoder.features=1"],
