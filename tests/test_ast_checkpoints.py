@@ -48,6 +48,7 @@ CONFIGS = {
     "one row": {"num_mel_bins": 16, "max_length": 301, "layer_norm_eps": 1e-2},
     "odd": {"num_mel_bins": 61, "max_length": 77, "patch_size": 12, "intermediate_size": 64, "num_attention_heads": 2},
     "no biases": {"qkv_bias": False, "num_labels": 1},
+    "two classes": {"num_labels": 2},  # transformers writes no names of two
 }
 
 

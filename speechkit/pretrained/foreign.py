@@ -109,7 +109,8 @@ def labels(config: Mapping[str, Any], classes: int) -> list[str]:
     Raises:
         ValueError: where there is not one for each.
     """
-    names = {int(number): label for number, label in config["id2label"].items()}
+    # transformers leaves out what is its default: two classes without names
+    names = {int(number): label for number, label in config.get("id2label", {0: "LABEL_0", 1: "LABEL_1"}).items()}
     if sorted(names) != list(range(classes)):
         raise ValueError(f"id2label must name the classes 0 to {classes - 1} of the weights, but names {len(names)}")
     return [names[number] for number in range(classes)]
