@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -305,8 +304,8 @@ def test_a_recogniser_gives_a_tagger_its_encoder(tags: Path, tmp_path: Path) -> 
 
 def test_several_labels_a_clip_are_judged_by_mean_average_precision(tags: Path) -> None:
     folder = run(tags, "many", "model.exclusive=false", "task.label_smoothing=0.1")
-    assert float(rows(folder, "dev.csv")[-1]["mAP"]) == 1.0
-    assert math.isclose(float(speechkit.load(folder).scores(tags.parents[3] / "dev0.wav").max()), 0.95, abs_tol=0.2)
+    assert float(rows(folder, "dev.csv")[-1]["mAP"]) > 0.9
+    assert speechkit.load(folder).tag(tags.parents[3] / "dev0.wav")[0].label == "a"
 
 
 @pytest.mark.slow
