@@ -73,6 +73,8 @@ def evaluate(
     batch: int = 16,
     worst: int = 3,
     as_json: bool = False,
+    threshold: float | None = None,
+    median: Seconds | None = None,
 ) -> int:
     """Evaluate every run on every set and print the table; what was heard is written to ``RUN/evaluate``.
 
@@ -92,7 +94,20 @@ def evaluate(
                 f"{runs[0]} holds a tagger, which searches nothing and hears clips whole, but --search, --stream "
                 f"or --chunk-ms is given; leave it out."
             )
-        return evaluate_tags.evaluate(runs=runs, named=named, split=split, batch=batch, worst=worst, as_json=as_json)
+        return evaluate_tags.evaluate(
+            runs=runs,
+            named=named,
+            split=split,
+            batch=batch,
+            worst=worst,
+            as_json=as_json,
+            threshold=threshold,
+            median=median,
+        )
+    if threshold is not None or median is not None:
+        raise ValueError(
+            f"{runs[0]} holds a recogniser, which finds no events, but --threshold or --median is given; leave it out."
+        )
     jobs = list(_jobs(runs, manifests(named, split), search or [None], stream, chunk_ms or []))
     rows, wrong, faults = [], [], 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
