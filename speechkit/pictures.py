@@ -123,13 +123,14 @@ def scenes(shown: Sequence[Scene], title: str) -> Figure:
         above.imshow(scene.features.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
         above.set(ylabel="mel band", xlim=scene.times, xticklabels=[])
         above.set_title(scene.title, loc="left", fontsize=10, color=INK)
-        for side, color, lower in ((scene.there, SIGNAL, 0.04), (scene.found, WARM, -0.36)):
+        for side, color, lower in ((scene.there, SIGNAL, -0.36), (scene.found, WARM, 0.04)):
             for row, label in enumerate(classes):
                 bars = [(event.start, event.end - event.start) for event in side if event.label == label]
                 below.broken_barh(bars, (row + lower, 0.32), color=color, linewidth=0)
-        below.set(xlabel="seconds", xlim=scene.times, ylim=(len(classes) - 0.5, -0.5))
+        below.set(xlabel="seconds", xlim=scene.times, ylim=(max(1, len(classes)) - 0.5, -0.5))
         below.set_yticks(range(len(classes)), classes)
         below.grid(axis="x", color=SOFT, alpha=0.3, linewidth=0.5)
+        below.set_axisbelow(True)
         _bare(above, below)
     legend = [Patch(color=SIGNAL, label="is there"), Patch(color=WARM, label="was found")]
     figure.legend(handles=legend, loc="outside upper right", ncols=2, frameon=False, fontsize=9)

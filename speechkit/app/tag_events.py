@@ -129,7 +129,7 @@ def _scene(mel: LogMel, timed: Timed, row: int) -> pictures.Scene:
     samples = F.pad(samples, (0, max(0, mel.window - len(samples))))[None]
     frames = mel(samples, torch.tensor([samples.shape[1]])).frames[0].numpy()
     hits, there, found = timed.events.counts[row].sum(0).tolist()
-    name = f"{cut.id}: {hits} of {there} events found, and {found - hits} that are not there"
+    name = f"{cut.id}: {hits} of {there} events found, {found - hits} false"
     return pictures.Scene(name, frames, (start, end), timed.there[row], timed.found[row])
 
 
