@@ -144,7 +144,7 @@ class Tag(Task):
         """The loss of the frames of which it is known what is heard: those within ``lengths`` samples of each clip."""
         logits, stride = self.model.head.frames(encoded), self.model.encoder.stride
         heard = mix(frame_targets(events, logits.shape, self.model.seconds(stride)), share, partner)
-        counts = torch.minimum(encoded.lengths, ceil_div(lengths, stride * self.model.features.hop))
+        counts = torch.minimum(encoded.lengths, ceil_div(lengths // self.model.features.hop, stride))
         real = valid(counts, logits.shape[1]) & (encoded.frames != 0).any(-1)  # patchout leaves zeros
         if self.exclusive:
             real &= heard.sum(-1) > 0
