@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def loudest(hertz: float) -> int:
     return int(LogMel(bands=BANDS)(tone[None], torch.tensor([RATE])).frames[0].mean(0).argmax())
 
 
-def sounds(path: Path, events: list[Event], seconds: float, seed: int = 0) -> None:
+def sounds(path: Path, events: Sequence[Event], seconds: float, seed: int = 0) -> None:
     """Write the tones of events, in a little noise."""
     time = np.arange(round(seconds * RATE)) / RATE
     heard = 1e-4 * np.random.default_rng(seed).standard_normal(len(time))

@@ -282,7 +282,6 @@ def test_events_teach_when_sounds_are_heard_better_than_labels_of_clips_do(
     weakly = run(scenes, "weakly", f"data.train.scenes.path={home / 'weak.jsonl'}")
     capsys.readouterr()
     one, other = (row(capsys, folder, home / "test.jsonl")["events"] for folder in (strongly, weakly))
-    print(one, other)
     assert one["event_micro"] > max(0.6, other["event_micro"] + 0.2), (one, other)
     assert one["segment_micro"] > other["segment_micro"]
     with open(run_folder(scenes, "strongly") / "train.csv", newline="") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,28 @@ def test_drawing_recordings_anew_sums_the_counts_of_those_drawn() -> None:
     one_by_one = [event_hits([t], [f], LABELS).hits.sum() for t, f in zip(there, found, strict=True)]
     sums = np.std([draw.hits.sum() for draw in draws])
     assert sums == pytest.approx(np.sqrt(12) * np.std(one_by_one), rel=0.15)
+
+
+# docs/tagging.md
+
+
+def test_the_manifest_and_the_commands_of_the_documentation_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tagging.md").read_text()
+    section = text.split("## Clips that say when")[1].split("\n## ")[0]
+    line, commands = (block.removeprefix("json").strip() for block in section.split("```")[1::2])
+    record, tones = json.loads(line), dict(zip(("dog", "siren"), LABELS, strict=True))
+    assert {event["label"] for event in record["events"]} == tones.keys()
+    monkeypatch.chdir(tmp_path)
+    hearing.sounds(Path(record["audio"]), [Event(**e | {"label": tones[e["label"]]}) for e in record["events"]], 3.0)
+    hearing.made(Path("runs/a/model"), labels=list(tones))
+    Path("street.jsonl").write_text(line + "\n")
+    assert commands.count("\n") == 2
+    for command in commands.splitlines():
+        verb, *words = shlex.split(command, comments=True)
+        status, out, err = output(capsys, *words)
+        assert (verb, status, err) == ("speechkit", 0, "") and out.count("100.0 - 100.0") in (0, 5), out
+    assert out.splitlines() == ["    0.60 - 1.42 s  1.00 dog", "    1.10 - 2.42 s  1.00 siren"]
+    (found,) = (json.loads(path.read_text())["events"] for path in Path("runs/a/evaluate").glob("*street.json"))
+    assert found["event_micro"] == 1 and (found["threshold"], found["median"]) == (0.4, 0.1)
