@@ -35,8 +35,6 @@ from speechkit.types import Event, Seconds
 
 WIDTH = 150  # of a table in a file or a pipe
 DRAWS, BUDGET = 1000, 2 * 10**8  # of an interval; scores sorted for all of them together
-
-
 Heard = tuple[np.ndarray, tuple[Event, ...] | None]  # the scores of a clip, and its events if those are measured
 
 
@@ -123,8 +121,8 @@ class _Job:
     @cached_property
     def exclusive(self) -> bool:
         """Whether classes exclude each other in clips, and not only at any moment of them."""
-        several = (cut for cut in self.cuts if cut.id in self.timed and len(labels_of(cut)) != 1)
-        return self.tagger.exclusive and not any(several)
+        several = any(cut.id in self.timed and len(labels_of(cut)) != 1 for cut in self.cuts)
+        return self.tagger.exclusive and not several
 
     def hear(self, batch: int, progress: Progress, faults: Faults) -> Result:
         heard: dict[str, Heard] = {}
@@ -177,12 +175,9 @@ class _Job:
         return Tagging(labels, targets, np.stack([heard[cut.id][0] for cut in cuts]), self.exclusive)
 
     def _timed(self, cuts: Sequence[Cut], heard: dict[str, Heard]) -> Timed | None:
-        found = [(cut, events) for cut in cuts if (events := heard[cut.id][1]) is not None]
-        if not found:
-            return None
-        return Timed(
-            self.tagger.labels, tuple(cut for cut, _ in found), tuple(events for _, events in found), self.finder
-        )
+        timed = tuple(cut for cut in cuts if cut.id in self.timed)
+        found = tuple(heard[cut.id][1] or () for cut in timed)
+        return Timed(self.tagger.labels, timed, found, self.finder) if timed else None
 
 
 def _jobs(run: str, given: dict[str, list[Cut]], finder: Finder) -> list[_Job]:
@@ -267,7 +262,8 @@ def _means(done: Sequence[tuple[_Job, Result]]) -> list[Row]:
 
 
 def _mean(name: str, results: Sequence[Result]) -> Row:
-    exclusive, parts = results[0].found.exclusive, [result.found for result in results]
+    parts = [result.found for result in results]
+    exclusive = all(part.exclusive for part in parts)
 
     def mean(measure: str) -> float:
         return float(np.mean([getattr(part, measure)() for part in parts]))

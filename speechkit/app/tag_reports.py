@@ -112,7 +112,7 @@ def _percent(share: float | None) -> str:
 
 
 def _range(interval: Interval | None) -> str:
-    return "-" if interval is None else " - ".join(_percent(value) for value in interval)
+    return "-" if interval is None or math.isnan(interval[0]) else " - ".join(_percent(value) for value in interval)
 
 
 def report(folder: Path, name: str, row: Row, found: Tagging, timed: Timed | None) -> None:
