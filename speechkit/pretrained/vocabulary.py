@@ -1,0 +1,104 @@
+"""Vocabularies of CTC recognisers as transformers saves them, for `speechkit.text.Symbols`.
+
+``vocab.json`` numbers the rows of the output layer by symbol; other files of its tokenizer name the special ones. What
+corresponds:
+
+* **Blank** is their pad token, in whatever row; ours is token 0. Its row is moved to the front, all others keep order.
+* **Words** are parted by their word delimiter. A vocabulary without it writes one word.
+* **Never written** are the tokens they call unknown, begin and end of a sentence. What no file numbers of these, and of
+  the pad token, follows the vocabulary in this order: begin, end, unknown, pad.
+* **Lower case** is written where ``do_lower_case`` says so.
+* ``clean_up_tokenization_spaces``, which draws English contractions together, is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from speechkit.pretrained.foreign import require
+from speechkit.pretrained.weights import some
+
+VOCABULARY, SETTINGS = "vocab.json", "tokenizer_config.json"
+OLDER = "special_tokens_map.json", "added_tokens.json"  # what transformers 5 writes into SETTINGS as well
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+ONLY = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " "}
+
+
+class Vocabulary(NamedTuple):
+    """What the tokens of ours are.
+
+    ``rows`` holds their row for each token of ours, the blank's first; ``symbols`` what the tokens behind the blank
+    are written as.
+    """
+
+    rows: list[int]
+    symbols: list[str | None]
+
+
+def read(folder: Path, rows: int) -> Vocabulary:
+    """The vocabulary of an output layer of so many rows.
+
+    Raises:
+        ValueError: where a row has no symbol or several, a symbol has no row, there is no blank, or the files are of
+            another kind of tokenizer.
+    """
+    settings = _json(folder / OLDER[0]) | _json(folder / SETTINGS)
+    require(settings, ONLY)
+    special = {key: _content(settings.get(key, name)) for key, name in SPECIAL.items()}
+    names = _names(folder, settings, special.values())
+    unnamed = [str(row) for row in range(rows) if row not in names]
+    blank = next((row for row in range(rows) if names.get(row) == special["pad_token"]), None)
+    surplus = [name for row, name in names.items() if row >= rows and name not in special.values()]
+    if unnamed or surplus:
+        problem = f"has no symbol for {some(unnamed)}" if unnamed else f"has {some(surplus)} beyond them"
+        raise ValueError(f"{VOCABULARY} must name the rows 0 to {rows - 1} of lm_head, but {problem}")
+    if blank is None:
+        raise ValueError(f"{VOCABULARY} must have a row for the pad token, {special['pad_token']!r}, but has none")
+    order = [blank, *(row for row in range(rows) if row != blank)]
+    silent = {name for key, name in special.items() if key != "pad_token"}
+    written = [None if names[row] in silent else _written(names[row], settings) for row in order[1:]]
+    return Vocabulary(order, written)
+
+
+def _names(folder: Path, settings: Mapping[str, Any], special: Iterable[str | None]) -> dict[int, str]:
+    """The name of each row, of those behind the output layer too."""
+    listed = _json(folder / VOCABULARY)
+    if not all(type(row) is int for row in listed.values()) or len(set(listed.values())) < len(listed):
+        raise ValueError(f"{VOCABULARY} must give each symbol a row of its own, but does not")
+    added = settings.get("added_tokens_decoder", {})
+    rows = _json(folder / OLDER[1]) | {_content(token): int(row) for row, token in added.items()} | listed
+    for name in special:
+        if name is not None:
+            rows.setdefault(name, len(rows))
+    return {row: name for name, row in (rows | listed).items()}
+
+
+def _written(name: str, settings: Mapping[str, Any]) -> str:
+    if name == settings.get("word_delimiter_token", "|"):
+        return " "
+    return name.lower() if settings.get("do_lower_case") else name
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token, which some versions write with how it is to be found."""
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What is in a file, nothing if it is not there.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} must be JSON, but is not ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold names and values, but holds a {type(found).__name__}")
+    return found
