@@ -124,7 +124,12 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     _says(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json", "save the model again")
     for content in ("{", '{"kind": "Letters"}', '{"kind": "Characters"}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        _says(lambda: load_tokenizer(tmp_path), "tokenizer.json", "Characters, Words or SentencePiece", content[:8])
+        _says(
+            lambda: load_tokenizer(tmp_path),
+            "tokenizer.json",
+            "Characters, Symbols, Words or SentencePiece",
+            content[:8],
+        )
 
 
 def test_sentencepiece_training_says_what_vocab_would_do(tmp_path: Path) -> None:

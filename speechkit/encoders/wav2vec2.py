@@ -260,7 +260,7 @@ class Wav2Vec2(nn.Module):
         """
         raise ValueError(
             "Wav2Vec2 must hear whole utterances, because every frame sees all the others, but a stream was asked for; "
-            "give it whole recordings, without --stream and --chunk-ms, or stream a Conformer."
+            "transcribe whole recordings, without --stream and --chunk-ms, or stream a Conformer."
         )
 
     def forward(

@@ -125,12 +125,10 @@ def exclusive(config: Mapping[str, Any]) -> bool:
 
 def extractor(folder: Path) -> dict[str, Any] | None:
     """What a folder says of its features, if it does: alone, or as part of a processor, as transformers 5 writes it."""
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for name in (EXTRACTOR, PROCESSOR)
-        if (path := folder / name).is_file()
-    ]
-    return next((about.get("feature_extractor", about) for about in found), None)
+    if (alone := folder / EXTRACTOR).is_file():
+        return json.loads(alone.read_text(encoding="utf-8"))
+    whole = folder / PROCESSOR
+    return json.loads(whole.read_text(encoding="utf-8")).get("feature_extractor") if whole.is_file() else None
 
 
 def built(described: Node) -> Any:
