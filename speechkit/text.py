@@ -111,15 +111,20 @@ class Characters(Symbols):
 
 
 class Words:
-    """One token a word, for small vocabularies such as digits or commands."""
+    """One token a word, for small vocabularies such as digits, commands or phonemes.
 
-    def __init__(self, *, words: Sequence[str]) -> None:
+    Args:
+        words: what token 1 and so on are written as, ``None`` for one that is never written.
+    """
+
+    def __init__(self, *, words: Sequence[str | None]) -> None:
         self.words = tuple(words)
-        broken = [word for word in self.words if word.split() != [word]]
+        written = [word for word in self.words if word]
+        broken = [word for word in written if word.split() != [word]]
         if broken:
             raise ValueError(f"Words.words must be words without spaces, but {_quoted(broken)} are not; split them.")
-        _distinct("Words.words", self.words)
-        self._tokens = {word: token for token, word in enumerate(self.words, start=1)}
+        _distinct("Words.words", written)
+        self._tokens = {word: token for token, word in enumerate(self.words, start=1) if word}
 
     @property
     def size(self) -> int:
@@ -135,7 +140,8 @@ class Words:
         return " ".join(word for word, _, _ in self.word_ranges(tokens))
 
     def word_ranges(self, tokens: Sequence[int]) -> list[WordRange]:
-        return [(self.words[token - 1], at, at + 1) for at, token in enumerate(tokens) if token != BLANK]
+        spelt = ((at, None if token == BLANK else self.words[token - 1]) for at, token in enumerate(tokens))
+        return [(word, at, at + 1) for at, word in spelt if word]
 
     def save(self, folder: AnyPath) -> None:
         _save(folder, type(self).__name__, words=self.words)

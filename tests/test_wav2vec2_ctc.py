@@ -24,7 +24,7 @@ from speechkit.recogniser import Recogniser
 from speechkit.search import PrefixBeam
 from speechkit.session import Session
 from speechkit.stream import Context, Everything
-from speechkit.text import Symbols
+from speechkit.text import Symbols, Words, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,6 +153,7 @@ def test_symbols_that_mean_no_text_are_never_written(tmp_path: Path, clips: list
         (["<pad>", "<unk>", "/", "SCH", *LETTERS], {"word_delimiter_token": "/"}),
         (["<pad>", "<unk>", "|", "[noise]", "日", "本"], {"bos_token": None, "eos_token": None}),
         (["A", "B", "|"], {}),
+        (["<pad>", "<unk>", "|", "A"], {"word_delimiter_token": None}),
     ],
 )
 def test_other_vocabularies_are_read_as_transformers_reads_them(
@@ -170,6 +171,22 @@ def test_other_vocabularies_are_read_as_transformers_reads_them(
         for name in filter(None, (theirs.bos_token, theirs.eos_token, theirs.unk_token)):
             expected = expected.replace(name, "")
         assert ours.tokenizer.decode(tokens) == " ".join(expected.split())
+
+
+def test_phonemes_are_words(tmp_path: Path) -> None:
+    phonemes = ["<s>", "<pad>", "</s>", "<unk>", "n", "œ", "ɛ", "tʃ"]
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: row for row, symbol in enumerate(phonemes)}))
+    theirs = transformers.Wav2Vec2PhonemeCTCTokenizer(str(tmp_path / "vocab.json"), do_phonemize=False)
+    theirs.save_pretrained(tmp_path)
+    saved(tmp_path, rows=len(phonemes))
+    ours = speechkit.load(tmp_path).tokenizer
+    assert isinstance(ours, Words) and ours.encode("œ n tʃ") == [5, 4, 7]
+    order = pretrained.vocabulary.read(tmp_path, len(phonemes)).rows
+    for tokens in np.random.default_rng(0).integers(0, len(phonemes), (50, 12)).tolist():
+        expected = theirs.decode([order[token] for token in tokens], group_tokens=False)
+        assert ours.decode(tokens) == " ".join(word for word in expected.split() if word not in phonemes[:4])
+    ours.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").decode(range(8)) == ours.decode(range(8))
 
 
 @pytest.mark.parametrize("old", ["special_tokens_map.json", "added_tokens.json", "neither"])
@@ -256,11 +273,14 @@ def test_no_sound_and_hardly_any_are_heard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "WavLM"])
 @torch.no_grad()
-def test_rounded_weights_change_little(folder: Path, dtype: torch.dtype) -> None:
+def test_rounded_weights_change_little(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    saved(tmp_path, kind)
+    tokenizer(tmp_path, VOCABULARY)
     x, lengths = sound(1.0)[None], torch.tensor([16000])
     exact, rounded = (
-        logits(speechkit.load(folder, weights=weights), x, lengths)[0] for weights in (torch.float32, dtype)
+        logits(speechkit.load(tmp_path, weights=weights), x, lengths)[0] for weights in (torch.float32, dtype)
     )
     assert 0 < float((exact - rounded).std()) < 0.1 * float(exact.std())
 
@@ -280,6 +300,20 @@ def test_a_copy_is_saved_and_loaded_without_the_original(folder: Path, tmp_path:
     assert isinstance(copy.tokenizer, Symbols) and copy.tokenizer.symbols == ours.tokenizer.symbols
     assert pretrained.model_node(tmp_path / "copy") == node
     assert pretrained.describe(folder) == {key: node[key] for key in ("features", "encoder")}
+
+
+def test_the_example_of_the_documentation_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "pretrained.md").read_text(encoding="utf-8")
+    example = re.search(r"## Recognisers.*?```python\n(.*?)```", page, re.DOTALL)
+    assert example is not None
+    monkeypatch.setattr(pretrained.hub, "fetch", lambda name, local: folder)
+    monkeypatch.chdir(tmp_path)
+    audio.write("a.wav", sound(2.0).numpy(), 16000)
+    exec(example[1], {})
+    lines, heard = capsys.readouterr().out.splitlines(), speechkit.load(folder).transcribe(sound(2.0))
+    assert len(lines) == 2 + len(heard.words) and lines[1].endswith(heard.words[0].word)
 
 
 @torch.no_grad()
@@ -361,9 +395,15 @@ def test_settings_of_another_tokenizer_are_refused_in_one_sentence(tmp_path: Pat
     path = tmp_path / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     for change, said in (
-        ({"pad_token": None}, "vocab.json must have a row for the pad token, None, but has none"),
-        ({"replace_word_delimiter_char": "_"}, "replace_word_delimiter_char must be  , but is _"),
-        ({"tokenizer_class": "Other"}, "tokenizer_class must be Wav2Vec2CTCTokenizer, but is Other"),
+        (
+            {"word_delimiter_token": None, "pad_token": None},
+            "vocab.json must have a row for the pad token, None, but has none",
+        ),
+        ({"replace_word_delimiter_char": "_"}, "replace_word_delimiter_char must be a space, but is '_'"),
+        (
+            {"tokenizer_class": "Other"},
+            "tokenizer_class must be Wav2Vec2CTCTokenizer or Wav2Vec2PhonemeCTCTokenizer, but is Other",
+        ),
     ):
         path.write_text(json.dumps(settings | change))
         with pytest.raises(ValueError, match=re.escape(said)):

@@ -1,8 +1,8 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and a tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`,
-`passt`, `audiomae`, `wav2vec2` with the `vocabulary` of its recognisers, and all others of transformers by `hf`.
+what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`, `passt`, `audiomae`,
+`wav2vec2` with the `vocabulary` of its recognisers, and all others of transformers by `hf`.
 """
 
 from __future__ import annotations

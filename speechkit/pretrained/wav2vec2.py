@@ -30,7 +30,6 @@ from speechkit.pretrained.foreign import Node, Weights, factory, node
 from speechkit.pretrained.weights import fill as put_all
 from speechkit.recogniser import Recogniser
 from speechkit.search import Greedy
-from speechkit.text import Symbols
 
 MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 FIXED = {
@@ -174,10 +173,9 @@ def _head(config: Mapping[str, Any], front: Node | None, weights: Weights) -> No
 def _output(folder: Path, config: Mapping[str, Any], front: Node | None, weights: Weights) -> Node:
     if front is None:
         raise ValueError(f"{foreign.EXTRACTOR} must say what it hears, but is not there")
-    symbols = vocabulary.read(folder, len(weights[f"{OUTPUT}weight"])).symbols
     return {
-        "text": node(Symbols, symbols=symbols),
-        "objective": factory(CTC, dropout=config["final_dropout"]),
+        "text": vocabulary.read(folder, len(weights[f"{OUTPUT}weight"])).text,
+        "objective": factory(CTC, dropout=config.get("final_dropout", 0.0)),
         "search": factory(Greedy),
     }
 
