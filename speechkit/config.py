@@ -25,13 +25,17 @@ from speechkit.schema import Node, check, meant
 
 @dataclass(frozen=True, kw_only=True)
 class Recognition:
-    """The keys of ``model``: the parts of a `speechkit.recogniser.Recogniser`, and what its encoder refers to."""
+    """The keys of ``model``: the parts of a `speechkit.recogniser.Recogniser`; without an encoder, those of ``init``.
 
-    features: Node
+    ``tuning`` says what of the encoder is trained, and ``attention`` is what the encoder refers to.
+    """
+
+    features: Node | None = None
     text: Node
-    encoder: Node
+    encoder: Node | None = None
     objective: Node
     search: Node
+    tuning: Node | None = None
     attention: Node | None = None
 
 
@@ -157,7 +161,7 @@ def build_model(node: Node, *, tokenizer: Any = None) -> Any:
 
 
 def tune(model: Any, node: Node | None) -> None:
-    """Change a tagger as the fine-tuning method of its ``tuning`` node says, if it has one."""
+    """Change a model as the fine-tuning method of its ``tuning`` node says, if it has one."""
     if node is not None:
         build(node, "model.tuning").apply(model)
 
@@ -179,7 +183,7 @@ def _autoencoder(parts: dict[str, Any]) -> Any:
 def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:
     tokenizer = build(parts["text"], "model.text") if tokenizer is None else tokenizer
     encoder = build(parts["encoder"], "model.encoder")
-    return build(
+    recogniser = build(
         {"_target_": "speechkit.recogniser.Recogniser"},
         "model",
         features=build(parts["features"], "model.features"),
@@ -188,6 +192,8 @@ def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:
         search=build(parts["search"], "model.search"),
         tokenizer=tokenizer,
     )
+    tune(recogniser, parts.get("tuning"))
+    return recogniser
 
 
 def build(node: Node | None, where: str = "config", **extra: Any) -> Any:

@@ -38,6 +38,7 @@ class Recogniser(nn.Module):
     features: Any
     encoder: Any
     objective: Any
+    tuning: Any = None  # the fine-tuning method that changed it, see `speechkit.tuning`
 
     def __init__(
         self,

@@ -17,6 +17,9 @@ from tuning_cases import METHODS, Model, encoder, tuned
 import speechkit
 from speechkit import config, pretrained
 from speechkit.app.train import train
+from speechkit.features import read
+from speechkit.recogniser import Recogniser
+from speechkit.session import transcribe
 from speechkit.tagger import Tagger
 from speechkit.tasks import Constant, Optim
 
@@ -156,3 +159,41 @@ def test_the_plain_model_is_untouched_where_no_method_is_chosen() -> None:
     model = Model(encoder("ast_tiny"))
     config.tune(model, None)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recipe.write(tmp_path_factory.mktemp("spoken"))
+
+
+@pytest.fixture(scope="module")
+def speaks(letters: Path) -> Path:
+    """A recogniser that others are tuned from."""
+    return run(letters, "speaks", "trainer.max_steps=6")
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "conformer_adapter", "gated_prefix", "full"])
+def test_a_tuned_recogniser_streams_and_is_traced_as_what_it_is(letters: Path, speaks: Path, method: str) -> None:
+    changes = [f"init={speaks}", f"tuning={method}", "optim.optimizer.lr=5e-2"]
+    folder = run(letters, f"speaks_{method}", *changes, "trainer.max_steps=6")
+    model, given = speechkit.load(folder), speechkit.load(speaks)
+    assert isinstance(model, Recogniser) and isinstance(given, Recogniser) and model.tuning is not None
+    sound = letters.parents[3] / "dev0.wav"
+    samples = torch.from_numpy(read(sound, model.sample_rate))
+    whole = model.encode(samples[None], torch.tensor([len(samples)]), context=model.context)
+    before = given.encode(samples[None], torch.tensor([len(samples)]), context=given.context)
+    assert not torch.allclose(whole.frames, before.frames, atol=1e-3), "it has learned"
+    said = model.transcribe(sound, context=model.context).text
+    for traced in (False, True):
+        session = speechkit.Session(model, slots=1)
+        if traced:
+            session.trace(1)
+        assert [found.text for found in transcribe(session, [samples])] == [said], f"traced: {traced}"
+
+
+def test_a_recogniser_may_take_its_front_end_and_encoder_from_where_it_starts(letters: Path, speaks: Path) -> None:
+    taken = ["model.encoder=null", "fresh=[objective]", f"init={speaks}", "tuning=lora", "text=characters"]
+    folder = run(letters, "taken", *taken, "model.text.symbols='abcd e'", "trainer.max_steps=6")
+    described = [json.loads((home / "model" / "config.json").read_text()) for home in (folder, speaks)]
+    assert described[0]["encoder"] == described[1]["encoder"] and described[0]["features"] == described[1]["features"]
+    assert speechkit.load(folder).tokenizer.encode("e")

@@ -1,12 +1,13 @@
 """Training AST: ours, ours with PaSST's patchout, and transformers', side by side in one run.
 
-    python tools/bench_ast.py [--size tiny] [--batch 2] [--frames 1024] [--repeats 5] [--threads 1] [--device cpu]
+    python tools/bench_ast.py [--size tiny] [--batch 2] [--frames 1024] [--repeats 5] [--device cuda] [--compile]
 
 A step is forward and backward of a tagger of 527 classes on random features, with the same weights for all; the
 logits are checked to be equal first. Patchout is that of PaSST-S at 10 s, 40 columns and 4 rows. The
 candidates take turns, so whatever else the machine does falls on all of them alike. Times are medians with their
 quartiles, on a CPU of the time that its threads were at work; ratios are to transformers, the median over the turns.
-Memory is what a forward pass keeps for its backward pass. On a GPU the steps are in bfloat16.
+Memory is what a forward pass keeps for its backward pass; on a GPU the most that a step holds beside the weights of the
+models. There the steps are in bfloat16. With --compile each candidate goes through torch.compile.
 """
 
 from __future__ import annotations
@@ -37,16 +38,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     steps = candidates(arguments.size, arguments.frames, device)
+    if arguments.compile:
+        steps = {name: torch.compile(logits) for name, logits in steps.items()}
     x = torch.randn(arguments.batch, arguments.frames, 128, device=device)
-    print(f"AST {arguments.size}, {arguments.batch} clips of {arguments.frames} frames, forward and backward")
+    what = f"forward and backward{', compiled' if arguments.compile else ''}"
+    print(f"AST {arguments.size}, {arguments.batch} clips of {arguments.frames} frames, {what}")
     print(f"{device}, {arguments.threads} thread(s), torch {torch.__version__}\n")
-    memory = {name: kept(partial(forward, logits, x)) for name, logits in steps.items()}
-    report(measure(steps, x, arguments.repeats), memory)
+    times = measure(steps, x, arguments.repeats)
+    report(times, {name: held(logits, x) for name, logits in steps.items()})
 
 
 def candidates(size: str, frames: int, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -100,6 +105,16 @@ def now(device: torch.device) -> float:
 def forward(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         return logits(x).float().square().mean()
+
+
+def held(logits: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that a step takes beside what is there already."""
+    if x.device.type == "cpu":
+        return kept(partial(forward, logits, x))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward(logits, x).backward()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def kept(loss: Callable[[], Tensor]) -> int:

@@ -4,9 +4,10 @@
 
 Each method of conf/tuning trains in a folder of its own, from the same model, with the rate of its own file; a method
 that cannot work in this encoder says so. The same command continues what was interrupted and trains nothing twice.
-Accuracy is that of the model a run leaves, on dev, which chose it, and on test, which did not. Memory is that of one
-step, in bytes counted: what autograd keeps of the forward pass, gradients, and the optimizer's state, weights aside.
-Time is of the training steps of an epoch, the thread's own on a CPU, the median of a few.
+Accuracy (or mAP, or the word error rate of a recogniser) is that of the model a run leaves, on dev, which chose it,
+and on test, which did not. Memory is that of one step, in bytes counted: what autograd keeps of the forward pass,
+gradients, and the optimizer's state, weights aside. Time is of the training steps of an epoch, the thread's own on a
+CPU, the median of a few.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import speechkit
 from speechkit import config as configs
 from speechkit import metrics
 from speechkit.app import train
-from speechkit.types import TagBatch
+from speechkit.types import Batch, TagBatch
 
 STEPS = 5  # that are timed
 
@@ -84,9 +85,7 @@ def measured(settings: DictConfig, batches: int) -> dict[str, Any]:
     model, data = built(settings)
     train.start(model, data, settings)
     configs.tune(model, settings.model.get("tuning"))
-    task = configs.build(
-        settings.task, "task", model=model, optim=configs.build(settings.optim, "optim"), seed=settings.seed
-    )
+    task = train.task_of(model, settings)
     optimizer = task.configure_optimizers()["optimizer"]
     trained = [p for p in model.parameters() if p.requires_grad]
     task.train()
@@ -103,7 +102,7 @@ def measured(settings: DictConfig, batches: int) -> dict[str, Any]:
     }
 
 
-def step(task: Any, optimizer: torch.optim.Optimizer, batch: TagBatch, number: int) -> float:
+def step(task: Any, optimizer: torch.optim.Optimizer, batch: Batch | TagBatch, number: int) -> float:
     start = time.process_time()
     if task.model.tuning is not None:
         task.model.tuning.at(task.model, number)
@@ -115,14 +114,24 @@ def step(task: Any, optimizer: torch.optim.Optimizer, batch: TagBatch, number: i
 
 
 def judged(settings: DictConfig) -> dict[str, float]:
-    """Accuracy, or mean average precision, of the model that a run left, on dev and on test."""
+    """Accuracy, mean average precision or word error rate of the model that a run left, on dev and on test."""
     model: Any = speechkit.load(settings.run)
     _, data = built(settings)
     sets = {"dev": data.dev_batches(), **{f"test {name}": data.test_batches(name) for name in data.test}}
+    judge = misheard if isinstance(model, speechkit.Recogniser) else recognised
     return {name: judge(model, batches) for name, batches in sets.items()}
 
 
-def judge(model: Any, batches: Iterable[TagBatch]) -> float:
+def misheard(model: speechkit.Recogniser, batches: Iterable[Batch]) -> float:
+    said, heard = [], []
+    for batch in batches:
+        clips = zip(batch.samples, batch.sample_lengths.tolist(), strict=True)
+        heard += [found.text for found in model.transcribe([samples[:length] for samples, length in clips])]
+        said += batch.texts
+    return metrics.word_errors(said, heard).rate
+
+
+def recognised(model: Any, batches: Iterable[TagBatch]) -> float:
     scores, targets = [], []
     for batch in batches:
         clips = zip(batch.samples, batch.sample_lengths.tolist(), strict=True)

@@ -39,23 +39,26 @@ def _on_ten_clips(settings: DictConfig, manifest: Path, run: Path) -> DictConfig
     source = {"_target_": "speechkit.data.Source", "path": str(manifest)}
     with open_dict(settings):
         settings.update(run=str(run), init=None)
+        need_no_files(settings.model)
         settings.data.update(train={"clips": source}, dev={}, test={}, workers=0)
         if "text" in settings.model:
             settings.data.update(max_seconds=60)
         else:
             settings.data.update(batch=CLIPS, seconds=1.2)
             settings.model.encoder.update(dim=96, heads=2, layers=2)
-            give_classes(settings.model)
         settings.trainer.update(accelerator="cpu", devices=1, strategy="auto", precision="32-true", max_time=None)
         settings.trainer.update(max_steps=STEPS, max_epochs=-1, accumulate_grad_batches=1, log_every_n_steps=1)
         settings.trainer.update(limit_val_batches=0)
     return settings
 
 
-def give_classes(model: DictConfig) -> None:
-    """Classes that need no file, and five seconds at once at most, for a tagger."""
+def need_no_files(model: DictConfig) -> None:
+    """Three classes and at most five seconds at once, for a tagger; the demo's encoder for that of init."""
     if "labels" in model:
         model.update(labels=list(CLASSES), frames=min(model.frames, 512))
+    if model.get("encoder") is None:
+        demo = config.compose(ROOT / "recipes" / "digits" / "conf" / "demo.yaml").model
+        model.update(features=demo.features, encoder=demo.encoder)
 
 
 def _record(folder: Path, tokenizer: Tokenizer | None) -> Path:

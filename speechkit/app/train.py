@@ -58,19 +58,11 @@ def fit(settings: DictConfig) -> None:
     state = prepare(settings, run)
     complete(settings)
     model, data = build(settings)
-    _introduce(console, settings, model, data, state)
     if state is None:
         start(model, data, settings)
     configs.tune(model, settings.model.get("tuning"))
-    context = settings.get("context")
-    task = configs.build(
-        settings.task,
-        "task",
-        model=model,
-        optim=configs.build(settings.optim, "optim"),
-        seed=settings.seed,
-        **({} if context is None else {"context": configs.build(context, "context")}),
-    )
+    _introduce(console, settings, model, data, state)
+    task = task_of(model, settings)
     trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
     leave_cores(settings.data.workers)
     trainer.fit(task, data, ckpt_path=state)
@@ -110,7 +102,7 @@ def complete(settings: DictConfig) -> None:
     node = settings.model
     if isinstance(node.get("labels"), str):
         node.labels = _lines(Path(node.labels))
-    if configs.kind_of(node) is configs.Tagging and node.get("encoder") is None:
+    if node.get("encoder") is None:
         if settings.init is None:
             raise ValueError("model.encoder must be given where there is no init to take it from; choose encoder=NAME.")
         with open_dict(settings):
@@ -133,6 +125,19 @@ def build(settings: DictConfig) -> tuple[Model, Any]:
     return model, data
 
 
+def task_of(model: Model, settings: DictConfig) -> Any:
+    """What trains a model as a config says."""
+    context = settings.get("context")
+    return configs.build(
+        settings.task,
+        "task",
+        model=model,
+        optim=configs.build(settings.optim, "optim"),
+        seed=settings.seed,
+        **({} if context is None else {"context": configs.build(context, "context")}),
+    )
+
+
 def _says(model: Model) -> dict[str, Any]:
     """What data must know of the model they are for."""
     if isinstance(model, Recogniser):
@@ -150,8 +155,7 @@ def start(model: Model, data: Any, settings: DictConfig) -> None:
         pretrained.ast.initialise(model.encoder, settings.init)
         taken = ("encoder",)
     else:
-        load = pretrained.load_recogniser if isinstance(model, Recogniser) else pretrained.load
-        other = load(settings.init)
+        other = pretrained.load(settings.init)
         if (tuning := getattr(other, "tuning", None)) is not None:
             tuning.merge(other)
         taken = warm_start(model, other, settings.init, settings.fresh)
@@ -289,14 +293,19 @@ def _require_data(settings: DictConfig, path: Path) -> None:
 def _introduce(console: Console, settings: DictConfig, model: Model, data: Any, state: Path | None) -> None:
     cuts = [cut for source in data.train_cuts.values() for cut in source]
     hours = sum(cut.duration for cut in cuts) / 3600
-    weights = sum(p.numel() for p in model.parameters()) / 1e6
     rows = {
         "run": f"{settings.run}" + (f", continued from step {checkpoints.step_of(state):,}" if state else ""),
-        "model": f"{type(model.encoder).__name__}, {weights:.1f} M weights",
+        "model": f"{type(model.encoder).__name__}, {_weights(model)}",
         **_particulars(model),
         "data": f"{len(cuts):,} utterances, {hours:.2f} h; dev {len(data.dev_cuts):,}",
     }
     console.print(show.summary(rows))
+
+
+def _weights(model: Model) -> str:
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    every, trained = sum(n for n, _ in counts), sum(n for n, learns in counts if learns)
+    return f"{every / 1e6:.1f} M weights" + (f", {trained / 1e6:.3g} M of them trained" if trained < every else "")
 
 
 def _particulars(model: Model) -> dict[str, str]:
