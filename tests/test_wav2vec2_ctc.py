@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recipe
 import torch
 from ast_cases import close
 from tiny import sound
@@ -19,6 +20,7 @@ from wav2vec2_cases import CONFIGS, KINDS, heard, padded, written
 import speechkit
 from speechkit import audio, pretrained, recogniser
 from speechkit.app import cli
+from speechkit.app.train import train
 from speechkit.encoders import Wav2Vec2
 from speechkit.recogniser import Recogniser
 from speechkit.search import PrefixBeam
@@ -326,6 +328,25 @@ def test_without_a_vocabulary_it_is_the_encoder_alone(folder: Path, tmp_path: Pa
         ValueError, match=r"must hold a recogniser, but holds an encoder, .*ForCTC.* and its vocab.json"
     ):
         pretrained.load_recogniser(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_is_fine_tuned_with_its_own_vocabulary_or_another(kept: bool, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    saved(theirs)
+    tokenizer(theirs, ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghi"])
+    symbols = json.dumps(pretrained.model_node(theirs)["text"]["symbols"])
+    file = recipe.write(tmp_path, train=8, dev=2)
+    taken = [f"init={theirs}", "model.features=null", "model.encoder=null", "context=whole", "task.spec_augment=null"]
+    own = f"model.text={{_target_: speechkit.text.Symbols, symbols: {symbols}}}" if kept else "fresh=[objective]"
+    train(str(file), ["name=tuned", *taken, own, "tuning=lora", "trainer.max_steps=6"])
+    model, given = speechkit.load(tmp_path / "runs" / "tuned"), speechkit.load(theirs)
+    assert isinstance(model, Recogniser) and isinstance(model.encoder, Wav2Vec2) and model.tuning is not None
+    close(model.encoder.widen.weight, given.encoder.widen.weight, 0.0)
+    moved = model.objective.head.weight.shape == given.objective.head.weight.shape
+    assert moved is kept and (model.tokenizer.symbols == given.tokenizer.symbols) is kept
+    assert set(model.transcribe(tmp_path / "dev0.wav").text) <= set("abcdefghi ")
 
 
 # What it refuses
