@@ -60,14 +60,15 @@ class Symbols:
         symbols: what token 1 and so on are written as, ``None`` for one that is never written. Spaces part words; a
             vocabulary without them writes one word.
 
-    A text is encoded in the longest symbols that fit, from its beginning on.
+    A text is encoded in the longest symbols that fit, from its beginning on, and in the first of those written alike.
     """
 
     def __init__(self, *, symbols: Sequence[str | None]) -> None:
         self.symbols = tuple(symbols)
         written = [symbol for symbol in self.symbols if symbol]
-        _distinct(f"{type(self).__name__}.symbols", written)
-        self._tokens = {symbol: token for token, symbol in enumerate(self.symbols, start=1) if symbol}
+        if not written:
+            raise ValueError("Symbols.symbols must hold at least one that is written, but there are none.")
+        self._tokens = {symbol: len(self.symbols) - n for n, symbol in enumerate(reversed(self.symbols)) if symbol}
         self._pattern = re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))))
 
     @property
@@ -107,6 +108,7 @@ class Characters(Symbols):
                 f"Characters.symbols must be single characters, but {_quoted(longer)} are not; Symbols and Words take "
                 f"longer ones."
             )
+        _distinct("Characters.symbols", symbols)
         super().__init__(symbols=tuple(symbols))
 
 
@@ -119,7 +121,7 @@ class Words:
 
     def __init__(self, *, words: Sequence[str | None]) -> None:
         self.words = tuple(words)
-        written = [word for word in self.words if word]
+        written = [word for word in self.words if word is not None]
         broken = [word for word in written if word.split() != [word]]
         if broken:
             raise ValueError(f"Words.words must be words without spaces, but {_quoted(broken)} are not; split them.")

@@ -170,8 +170,8 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     if not isinstance(model, Recogniser):
         kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
         raise ValueError(
-            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; name a model that speechkit "
-            f"trained to, or one of the wav2vec family with an output layer (ForCTC) and its vocab.json."
+            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; use it from Python with "
+            f"speechkit.load, or name a model that speechkit trained, or a ForCTC of the wav2vec family with its vocab.json."
         )
     return model
 

@@ -41,8 +41,8 @@ def read(folder: Path, rows: int) -> Vocabulary:
     """The vocabulary of an output layer of so many rows.
 
     Raises:
-        ValueError: where a row has no symbol or several, a symbol has no row, there is no blank, or the files are of
-            another kind of tokenizer.
+        ValueError: where a row has no symbol, a symbol has no row, there is no blank, or the files are of another kind
+            of tokenizer.
     """
     settings = _json(folder / OLDER[0]) | _json(folder / SETTINGS)
     special = {key: _content(settings.get(key, name)) for key, name in SPECIAL.items()}
@@ -79,10 +79,10 @@ def _tokenizer(names: list[str], silent: Iterable[str | None], settings: Mapping
 
 
 def _names(folder: Path, settings: Mapping[str, Any], special: Iterable[str | None]) -> dict[int, str]:
-    """The name of each row, of those behind the output layer too."""
+    """The name of each row, of those behind the output layer too; of several symbols of one row the last listed."""
     listed = _json(folder / VOCABULARY)
-    if not all(type(row) is int for row in listed.values()) or len(set(listed.values())) < len(listed):
-        raise ValueError(f"{VOCABULARY} must give each symbol a row of its own, but does not")
+    if wrong := [symbol for symbol, row in listed.items() if type(row) is not int]:
+        raise ValueError(f"{VOCABULARY} must give the row of each symbol, but does not for {some(wrong)}")
     added = settings.get("added_tokens_decoder", {})
     rows = _json(folder / OLDER[1]) | {_content(token): int(row) for row, token in added.items()} | listed
     for name in special:
