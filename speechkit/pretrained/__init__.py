@@ -171,7 +171,8 @@ def load_recogniser(folder: str | Path) -> Recogniser:
         kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
         raise ValueError(
             f"{folder} must hold a recogniser, but holds {kind}, which writes no text; use it from Python with "
-            f"speechkit.load, or name a model that speechkit trained, or a ForCTC of the wav2vec family with its vocab.json."
+            f"speechkit.load, or name a model that speechkit trained, or one of the wav2vec family (ForCTC) and its "
+            f"vocab.json."
         )
     return model
 
