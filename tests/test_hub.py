@@ -110,9 +110,10 @@ def test_nothing_but_safetensors_configs_and_tokenizers_is_asked_for(
     wanted = huggingface_hub.utils.filter_repo_objects
     files = ["model.safetensors", "pytorch_model.bin", "model.pt", "training_args.bin", "model.py", "config.json"]
     files += ["model.safetensors.index.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "x.msgpack"]
+    files += ["special_tokens_map.json", "added_tokens.json"]
     assert set(wanted(files, allow_patterns=asked["allow_patterns"])) == {
         "model.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
-        "tokenizer.json", "vocab.json",
+        "tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     }  # fmt: skip
 
 

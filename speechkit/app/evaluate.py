@@ -178,7 +178,7 @@ def _jobs(
 ) -> Iterator[_Job]:
     for run in runs:
         model = ready(run)
-        streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or [live_context(model)] * stream
+        streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or ([live_context(model)] if stream else [])
         found = [(name or _snake(type(model.search).__name__), search_of(model, name)) for name in searches]
         for name, cuts in (given or own(run)).items():
             ways = [(*search, context) for search in found for context in (None, *streamed)]
