@@ -209,7 +209,7 @@ def _write(job: _Job, readings: Sequence[Reading], spent: Seconds) -> Row:
         rtf=round(spent / audio, 5),
     )
     folder = home(job.run) / "evaluate"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", f"{job.set}-{job.searched}-{job.heard}").strip("-")
     (folder / f"{name}.json").write_text(json.dumps(asdict(row), ensure_ascii=False, indent=2) + "\n")
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
