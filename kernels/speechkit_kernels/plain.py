@@ -216,8 +216,8 @@ def subsample_step(
         tail: ``[B, S, F, C]``, the last S frames of each stream, zeros at its start, S 1 or 2; changed in place.
         lengths: ``[B]`` int32 or int64: new frames (0 to T).
         relu: whether ReLU follows.
-        depthwise, depthwise_bias, depthwise_tail: filters of a second stage, ``[D, 3, 3]``, ``[D]``, each for its own
-            channel of what the first gives, and the last S frames of that, ``[B, S, F', D]``, as ``tail``. Without ReLU.
+        depthwise, depthwise_bias, depthwise_tail: filters of a second stage without ReLU, ``[D, 3, 3]``, ``[D]``, each
+            for its own channel of what the first gives; and the last S frames of that, ``[B, S, F', D]``, as ``tail``.
 
     Returns:
         ``[B, ceil(T / 2), F' = (F + S) // 2, D]``; frames from ``ceil(lengths / 2)`` on are 0. Of a second stage, the

@@ -83,12 +83,7 @@ struct Frames {
 Frames<const float> frames(const Tensor& x) { return {data(x), x}; }
 Frames<float> writable(const Tensor& x) { return {static_cast<float*>(x.mutable_data_ptr()), x}; }
 
-// A convolution of the call, with its filters as SubsampleFrame::packed says.
-struct Filters {
-  const float* packed;
-  bool relu;
-};
-
+// As SubsampleFrame::packed says.
 void pack(const Tensor& weight, const MaybeTensor& bias, int64_t width, float* to) {
   const int64_t D = weight.size(0);
   for (int64_t first = 0; first < D; first += width) {
@@ -122,9 +117,13 @@ struct Call {
 
   // Frame t of the convolution by `weight`, some channels of it: to `to`, where bands are `apart`.
   void convolve(int64_t b, int64_t t, int64_t first, int64_t count, float* to, int64_t apart) const {
-    const int64_t from = 2 * t - before;
-    kernel.run({{frame(b, from), frame(b, from + 1), frame(b, from + 2)}, x.bands, x.channels, x.channels == 1,
-                packed + 10 * first, before, relu, to, (x.bands + before) / 2, apart, count});
+    const bool one = x.channels == 1;
+    const auto heard = [&](int64_t i) {
+      const float* from = frame(b, 2 * t - before + i);
+      return one || !from ? from : from + first;
+    };
+    kernel.run({{heard(0), heard(1), heard(2)}, x.bands, x.channels, one, packed + 10 * first, before, relu, to,
+                (x.bands + before) / 2, apart, count});
   }
 
   void clear(int64_t b, int64_t t) const { std::memset(out(b, t), 0, out.bytes()); }
