@@ -85,18 +85,15 @@ Frames<float> writable(const Tensor& x) { return {static_cast<float*>(x.mutable_
 
 // As SubsampleFrame::packed says.
 void pack(const Tensor& weight, const MaybeTensor& bias, int64_t width, float* to) {
-  const int64_t D = weight.size(0);
-  for (int64_t first = 0; first < D; first += width) {
+  const int64_t D = weight.size(0), apart = weight.stride(0), frame = weight.stride(1), band = weight.stride(2);
+  const float *taps = data(weight), *biases = data(bias);
+  const int64_t bias_apart = bias ? bias->stride(0) : 0;
+  for (int64_t first = 0; first < D; first += width, to += 10 * width) {
     const int64_t count = std::min(width, D - first);
     std::memset(to, 0, 10 * width * sizeof(float));
-    for (int64_t k = 0; k < 9; ++k, to += width) {
-      const int64_t apart = weight.stride(0);
-      const float* from = data(weight) + first * apart + k / 3 * weight.stride(1) + k % 3 * weight.stride(2);
-      for (int64_t i = 0; i < count; ++i) to[i] = from[i * apart];
-    }
-    if (bias)
-      for (int64_t i = 0; i < count; ++i) to[i] = data(bias)[(first + i) * bias->stride(0)];
-    to += width;
+    for (int64_t k = 0; k < 9; ++k)
+      for (int64_t i = 0; i < count; ++i) to[k * width + i] = taps[(first + i) * apart + k / 3 * frame + k % 3 * band];
+    for (int64_t i = 0; biases && i < count; ++i) to[9 * width + i] = biases[(first + i) * bias_apart];
   }
 }
 
