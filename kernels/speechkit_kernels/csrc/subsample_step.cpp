@@ -1,7 +1,7 @@
 // The arithmetic of speechkit::subsample_step, compiled once per instruction set.
 //
-// An element of the result is the bias and then the products of the taps that are there, in one order wherever its frame
-// and its row stand: so a row's result is equal bit for bit alone and among others, on any number of threads.
+// An element of the result is the bias and then the products of the taps that are there, in one order wherever its
+// frame and its row stand: so a row's result is equal bit for bit alone and among others, on any number of threads.
 #include "subsample_step.h"
 
 #include "simd.h"

@@ -1,5 +1,5 @@
-// speechkit::subsample_step on the CPU: checks, memory, threads. The arithmetic is in subsample_step.cpp, the meaning in
-// plain.py.
+// speechkit::subsample_step on the CPU: checks, memory, threads. The arithmetic is in subsample_step.cpp, the meaning
+// in plain.py.
 #include "host.h"
 #include "isa.h"
 #include "subsample_step.h"
@@ -25,7 +25,7 @@ SubsampleStepKernel choose() {
   }
 }
 
-// Whether the bands and channels [..., F, C] of a frame lie side by side. Torch lets strides of size 1 be anything.
+// Whether the bands and channels [..., F, C] of a frame lie side by side. Torch lets the stride of a size 1 be anything.
 bool dense_frames(const Tensor& x) {
   const int64_t bands = x.size(2), channels = x.size(3);
   return (channels == 1 || x.stride(3) == 1) && (bands == 1 || x.stride(2) == channels);
@@ -43,8 +43,8 @@ void check_tail(const char* name, const Tensor& tail, Shape shape) {
   arguments.shape(name, tail, shape);
   arguments.dtype(name, tail, ScalarType::Float);
   if (!dense_frames(tail))
-    refuse("subsample_step: ", name, " must have the bands and channels of a frame side by side, but their strides are ",
-           tail.stride(2), " and ", tail.stride(3), "; make it contiguous.");
+    refuse("subsample_step: ", name, " must have the bands and channels of a frame side by side, but their strides ",
+           "are ", tail.stride(2), " and ", tail.stride(3), "; make it contiguous.");
 }
 
 void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& tail,
@@ -58,8 +58,8 @@ void check(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const
   const int64_t S = tail.size(1);
   if (S != 1 && S != 2) refuse("subsample_step: tail must hold 1 or 2 frames, but holds ", S, ".");
   if (depthwise.has_value() != depthwise_tail.has_value() || (depthwise_bias && !depthwise))
-    refuse("subsample_step: depthwise and depthwise_tail must be given together, and depthwise_bias only with them, but ",
-           "one is None.");
+    refuse("subsample_step: depthwise and depthwise_tail must be given together, and depthwise_bias only with them, ",
+           "but one is None.");
   if (!depthwise) return;
   check_filters("depthwise", *depthwise, "depthwise_bias", depthwise_bias);
   arguments.shape("depthwise", *depthwise, {D, 3, 3});
@@ -98,7 +98,7 @@ void pack(const Tensor& weight, const MaybeTensor& bias, int64_t width, float* t
 }
 
 struct Call {
-  const SubsampleStepKernel kernel;
+  SubsampleStepKernel kernel;
   const std::vector<int64_t>& lengths;
   Frames<const float> x;
   Frames<float> tail, out;
@@ -142,8 +142,8 @@ struct Call {
   }
 };
 
-// The frames between two convolutions are made for a few channels at a time, and no more than three of them are there at
-// once: so they stay in the processor's cache, where all of them together would be the largest tensor of a whole step.
+// The frames between two convolutions are made for a few channels at a time, and no more than three of them are there
+// at once: so they stay in the processor's cache, and all of them would be the largest tensor of a whole step.
 struct Pair {
   const Call& c;
   Frames<float> tail;
@@ -151,47 +151,50 @@ struct Pair {
 
   void run() const {
     const int64_t block = 4 * c.kernel.width, blocks = (c.channels + block - 1) / block, B = c.lengths.size();
-    const int64_t work = 1 + 45 * c.out_frames * c.out.bands * block;
+    const int64_t size = tail.bands * block, work = 1 + 45 * c.out_frames * c.out.bands * block;
     torch::stable::parallel_for(0, B * blocks, 1 + grain / work, [&](int64_t i, int64_t last) {
       thread_local Scratch scratch;
-      const int64_t size = tail.bands * block;
+      float* memory = static_cast<float*>(scratch.get(3 * size * sizeof(float)));
       for (; i < last; ++i) {
-        const int64_t first = i % blocks * block, count = std::min(block, c.channels - first);
-        Between{*this, i / blocks, first, count, size, static_cast<float*>(scratch.get(3 * size * sizeof(float)))}.run();
+        const int64_t b = i / blocks, first = i % blocks * block, length = (c.lengths[b] + 1) / 2;
+        Block{*this, b, length, first, std::min(block, c.channels - first), block, memory}.run();
       }
     });
   }
 
-  // Some channels of one row.
-  struct Between {
+  // Some channels of one row. Frame t between the two convolutions is kept until frame t + 3 takes its place.
+  struct Block {
     const Pair& p;
-    int64_t b, first, count, size;
+    int64_t b, length, first, count, apart;
     float* memory;
+    int64_t made = 0;
 
-    float* frame(int64_t t) const { return memory + (t + 3) % 3 * size; }
-
-    void run() const {
-      const Call& c = p.c;
-      const int64_t length = (c.lengths[b] + 1) / 2, before = c.before, apart = size / p.tail.bands;
-      for (int64_t k = 0; k < before; ++k) copy(frame(k - before), apart, p.tail(b, k) + first, c.channels);
-      int64_t made = 0;
-      const auto make = [&](int64_t end) {
-        for (; made < std::min(end, length); ++made) c.convolve(b, made, first, count, frame(made), apart);
-      };
-      for (int64_t u = 0; u < c.out_frames; ++u) {
-        if (2 * u >= length) {
-          for (int64_t g = 0; g < c.out.bands; ++g)
-            std::memset(c.out(b, u) + g * c.channels + first, 0, count * sizeof(float));
-          continue;
-        }
-        const int64_t from = 2 * u - before;
-        make(from + 3);
-        c.kernel.run({{frame(from), frame(from + 1), from + 2 < length ? frame(from + 2) : nullptr}, p.tail.bands, apart,
-                      false, p.packed + 10 * first, before, false, c.out(b, u) + first, c.out.bands, c.channels, count});
-      }
+    void run() {
+      const int64_t before = p.c.before;
+      for (int64_t k = 0; k < before; ++k) copy(frame(k - before), apart, p.tail(b, k) + first, p.c.channels);
+      for (int64_t u = 0; u < p.c.out_frames; ++u) 2 * u < length ? filter(u) : clear(u);
       make(length);
       for (int64_t k = 0; k < before && length; ++k)
-        copy(p.tail(b, k) + first, c.channels, frame(length + k - before), apart);
+        copy(p.tail(b, k) + first, p.c.channels, frame(length + k - before), apart);
+    }
+
+    float* frame(int64_t t) const { return memory + (t + 3) % 3 * p.tail.bands * apart; }
+
+    void make(int64_t end) {
+      for (; made < std::min(end, length); ++made) p.c.convolve(b, made, first, count, frame(made), apart);
+    }
+
+    void filter(int64_t u) {
+      const int64_t t = 2 * u - p.c.before;
+      make(t + 3);
+      const float* last = t + 2 < length ? frame(t + 2) : nullptr;
+      p.c.kernel.run({{frame(t), frame(t + 1), last}, p.tail.bands, apart, false, p.packed + 10 * first, p.c.before,
+                      false, p.c.out(b, u) + first, p.c.out.bands, p.c.channels, count});
+    }
+
+    void clear(int64_t u) const {
+      for (int64_t g = 0; g < p.c.out.bands; ++g)
+        std::memset(p.c.out(b, u) + g * p.c.channels + first, 0, count * sizeof(float));
     }
 
     void copy(float* to, int64_t to_apart, const float* from, int64_t from_apart) const {
