@@ -7,7 +7,7 @@ and remembers nothing, so the offline pass and the stream are the same lines.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -315,28 +315,52 @@ class Subsampling(nn.Module):
         self, x: Float[Tensor, "B T F"], lengths: Lengths, state: State | None = None
     ) -> tuple[Frames, Lengths, State | None]:
         """Encoder frames, their lengths, and the next state."""
-        x = x[..., None]  # [B, T, F, C]
-        tails: list[Tensor | None] = []
-        for stage, tail in zip(self.stages, state or [None] * len(self.stages), strict=True):
-            x, tail = self._halve(stage, x, lengths, tail)
-            lengths = ceil_div(lengths, 2)
-            tails.append(tail)
+        x, tails, done = x[..., None], list(state or [None] * len(self.stages)), 0  # [B, T, F, C]
+        if self._fuses(x, tails[0]) and len(self.stages) > 1 and isinstance(self.stages[1], nn.Sequential):
+            x, done = self._halve_twice(x, lengths, tails), 2
+        for i in range(done, len(self.stages)):
+            x, tails[i] = self._halve(self.stages[i], x, ceil_div(lengths, 2**i), tails[i])
         x = self.linear(x.transpose(2, 3).flatten(2))  # [B, U, C F] -> [B, U, D]
-        return self.dropout(x), lengths, None if state is None else tuple(tails)
+        return self.dropout(x), ceil_div(lengths, self.stride), None if state is None else tuple(tails)
+
+    def _fuses(self, x: Tensor, tail: Tensor | None) -> bool:
+        plain = tail is None or x.dtype != torch.float32 or torch.is_grad_enabled()
+        return not plain and kernels.serves("subsample_step", x)
 
     def _halve(
         self, stage: nn.Module, x: Tensor, lengths: Lengths, tail: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        conv, *pointwise = cast(Sequence[nn.Conv2d], stage if isinstance(stage, nn.Sequential) else [stage])
+        if conv.weight.shape[1] == 1 and self._fuses(x, tail):
+            step, filters = torch.ops.speechkit.subsample_step, conv.weight[:, 0]
+            y = step(x, filters, conv.bias, tail, lengths, relu=not pointwise)  # moves the tail on, in place
+            return _pointwise(y, pointwise[0]) if pointwise else y, tail
+        y, tail = self._convolve(conv, x, lengths, tail)
+        for point in pointwise:
+            y = F.linear(y, point.weight.flatten(1), point.bias)
+        return F.relu(y), tail
+
+    def _halve_twice(self, x: Tensor, lengths: Lengths, tails: list[Tensor]) -> Tensor:
+        """The first two stages: the frames between them are the largest tensor of a step, and are never all there."""
+        first, (depthwise, pointwise) = cast(Sequence[Any], self.stages)[:2]
+        second = {"depthwise": depthwise.weight[:, 0], "depthwise_bias": depthwise.bias, "depthwise_tail": tails[1]}
+        step, filters = torch.ops.speechkit.subsample_step, first.weight[:, 0]
+        return _pointwise(step(x, filters, first.bias, tails[0], lengths, relu=True, **second), pointwise)
+
+    def _convolve(
+        self, conv: nn.Conv2d, x: Tensor, lengths: Lengths, tail: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         seen, tail = carry(tail, keep_valid(x, lengths), lengths)
         before, after = self.before + x.shape[1] - seen.shape[1], x.shape[1] % 2
         if before or after:
             seen = F.pad(seen, (0, 0, 0, 0, before, after))
-        conv, *pointwise = cast(Sequence[nn.Conv2d], stage if isinstance(stage, nn.Sequential) else [stage])
         bands = (x.shape[2] + self.before) // 2
         # as many zeros behind the last band as before the first; the output that only they are for is dropped
         padding = (0, self.before)
         y = F.conv2d(seen.permute(0, 3, 1, 2), conv.weight, conv.bias, 2, padding, groups=conv.groups)
-        y = y[..., :bands].permute(0, 2, 3, 1)  # [B, T, F, C]
-        for point in pointwise:
-            y = F.linear(y, point.weight.flatten(1), point.bias)
-        return F.relu(y), tail
+        return y[..., :bands].permute(0, 2, 3, 1), tail  # [B, T, F, C]
+
+
+def _pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """ReLU of a convolution of one tap, as a linear map whose result does not depend on who else is in the batch."""
+    return torch.ops.speechkit.linear_step(x, conv.weight.flatten(1), conv.bias).relu_()

@@ -1,10 +1,12 @@
 """A whole step of a streaming encoder: ours against transformers' cache-aware FastConformer, same weights, one run.
 
-    python tools/bench_step.py [--sizes 20M 109M] [--batches 1 8] [--steps 30] [--threads 1]
+    python tools/bench_step.py [--sizes 20M 109M] [--batches 1 8] [--steps 30] [--threads 1] [--subsampling 256 512]
 
 Each row is one chunk size. A random `NemotronAsrStreamingEncoder` is saved, and `speechkit.load` reads it, so both hold
 the same weights; the outputs of every step are compared. The candidates take turns, step by step, with full caches, so
 whatever else the machine does falls on all of them.
+
+With ``--subsampling`` it is our subsampling alone, of these widths: with `subsample_step` and without, both traced.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from transformers.models.nemotron_asr_streaming import NemotronAsrStreamingEncod
 
 import speechkit
 from speechkit import kernels
+from speechkit.layers import Subsampling
 from speechkit.pretrained.nemotron import context
 from speechkit.stream import Context
-from speechkit.traced import Traced
+from speechkit.traced import Traced, trace
 
 SIZES = {
     "20M": {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -34,7 +37,7 @@ SIZES = {
 }
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 LOOKAHEADS = (0, 1, 6, 13)
-STRIDE, FRAME_MS = 8, 80
+STRIDE, FRAME_MS, FEATURES = 8, 80, 80
 Step = Callable[[Tensor], Tensor]
 
 
@@ -44,9 +47,12 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--subsampling", nargs="+", type=int, metavar="WIDTH")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} thread(s), torch {torch.__version__}\n{kernels.explain()}")
+    if arguments.subsampling:
+        return report_subsampling(arguments)
     print("milliseconds, median (quartiles); x: transformers' median over ours; d: largest difference to float32")
     for size in arguments.sizes:
         theirs, ours = pair(SIZES[size])
@@ -124,6 +130,50 @@ def measure(
         assert max(apart["plain PyTorch"], apart["fused float32"]) < 1e-4, f"the candidates must agree, but: {apart}"
         differences = {name: max(worst, apart[name]) for name, worst in differences.items()}
     return {name: statistics.quantiles(found, n=4) for name, found in times.items()}, differences
+
+
+def report_subsampling(arguments: argparse.Namespace) -> None:
+    print("milliseconds, median (quartiles), without and with subsample_step; d: largest difference")
+    for width in arguments.subsampling:
+        for batch in arguments.batches:
+            for lookahead in LOOKAHEADS:
+                times, apart = measure_subsampling(width, batch, STRIDE * (lookahead + 1), arguments.steps)
+                cells = "".join(f"{middle:9.3f} ({low:.3f} - {high:.3f})" for low, middle, high in times)
+                ratio = times[0][1] / times[1][1]
+                print(
+                    f"{width}, B={batch}, chunk {FRAME_MS * (lookahead + 1):4} ms {cells} {ratio:5.1f}x  d {apart:.1e}"
+                )
+
+
+@torch.inference_mode()
+def measure_subsampling(width: int, batch: int, frames: int, steps: int) -> tuple[list[list[float]], float]:
+    """Quartiles of milliseconds without and with the operator, and how far apart the results were at most."""
+    torch.manual_seed(0)
+    module = Subsampling(features=FEATURES, dim=width, stages=3, separable=True, before=2).eval()
+    serves = kernels.serves
+    states, runs, times = [], [], [[], []]  # type: ignore[var-annotated]
+    x, lengths = torch.randn(batch, frames, FEATURES), torch.full((batch,), frames)
+
+    def call(x: Tensor, lengths: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        y, _, after = module(x, lengths, state)
+        return (y, *after)
+
+    for without in ("subsample_step", None):
+        with mock.patch.object(kernels, "serves", lambda name, like: name != without and serves(name, like)):  # noqa: B023
+            runs.append(trace(call, x, lengths, *module.init_state(batch)))
+        states.append(module.init_state(batch))
+    clock, worst = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter, 0.0
+    for step in range(steps + 5):
+        x, outs = torch.randn_like(x), []
+        for i, run in enumerate(runs):
+            start = clock()
+            y, *states[i] = run(x, lengths, *states[i])
+            outs.append(y)
+            if step >= 5:
+                times[i].append(1e3 * (clock() - start))
+        worst = max(worst, float((outs[0] - outs[1]).abs().max()))
+    assert worst < 1e-4, f"the candidates must agree, but differ by {worst}"
+    return [statistics.quantiles(found, n=4) for found in times], worst
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fused operators of streaming speech encoders: ``torch.ops.speechkit.stream_attn``, ``conv_step``, ``linear_step``.
+"""Fused operators of streaming speech encoders: ``stream_attn``, ``conv_step``, ``linear_step``, ``subsample_step``.
 
 This package stands alone: it imports torch and nothing of speechkit. What the operators mean is said in `plain`.
 

@@ -75,6 +75,8 @@ UNITS = (
     *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("linear_step_op.cpp"),
     *(Unit("linear_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    Unit("subsample_step_op.cpp"),
+    *(Unit("subsample_step.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("gpu.cpp"),
     Unit("conv_step_gpu.cpp"),
     Unit("stream_attn_gpu.cpp"),

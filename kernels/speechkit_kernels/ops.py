@@ -4,6 +4,9 @@
     speechkit::conv_step     gate, causal depthwise convolution over remembered frames, norm, SiLU
     speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, with what often
                              stands around it: layer norm before, SiLU behind, and the sum of a residual connection
+    speechkit::subsample_step
+                             convolution of 3x3 with stride 2 over remembered and new frames, of one channel to many or
+                             of each to itself, with ReLU if asked
 
 Compiled kernels register for their device over the PyTorch one. Schema and meaning stay the same.
 """
@@ -24,6 +27,8 @@ SCHEMAS = {
     "bool gated, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5) -> Tensor",
     "linear_step": "(Tensor x, Tensor weight, Tensor? bias, *, Tensor? scale=None, bool silu=False, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-5, Tensor? add=None, float factor=1.) -> Tensor",
+    "subsample_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tail, Tensor lengths, *, "
+    "bool relu=False, Tensor? depthwise=None, Tensor? depthwise_bias=None, Tensor(b!)? depthwise_tail=None) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("speechkit", "DEF")
@@ -46,3 +51,19 @@ def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
 @torch.library.register_fake("speechkit::linear_step", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("speechkit::subsample_step", lib=LIBRARY)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    *rest: object,
+    depthwise: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    frames, bands = x.shape[1:3]
+    for _stage in range(1 if depthwise is None else 2):
+        frames, bands = (frames + 1) // 2, (bands + tail.shape[1]) // 2
+    return x.new_empty(x.shape[0], frames, bands, weight.shape[0])

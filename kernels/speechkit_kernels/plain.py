@@ -193,6 +193,62 @@ def linear_step(
     return y if add is None else add + y
 
 
+def subsample_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    lengths: Tensor,
+    *,
+    relu: bool = False,
+    depthwise: Tensor | None = None,
+    depthwise_bias: Tensor | None = None,
+    depthwise_tail: Tensor | None = None,
+) -> Tensor:
+    """A stage of subsampling, or two: half the frames and half the bands, by a convolution of 3x3 with stride 2.
+
+    Output frame u is made of the frames ``2 u - S`` to ``2 u - S + 2``, counted from the first new one, and output band
+    g of the bands ``2 g - S`` to ``2 g - S + 2``; frames past ``lengths`` and bands that do not exist are zeros.
+
+    Args:
+        x: new frames, ``[B, T, F, C]``, channels last. C is 1, which each filter hears, or D, each for its own filter.
+        weight, bias: ``[D, 3, 3]`` (filter, frame, band), ``[D]``.
+        tail: ``[B, S, F, C]``, the last S frames of each stream, zeros at its start, S 1 or 2; changed in place.
+        lengths: ``[B]`` int32 or int64: new frames (0 to T).
+        relu: whether ReLU follows.
+        depthwise, depthwise_bias, depthwise_tail: filters of a second stage without ReLU, ``[D, 3, 3]``, ``[D]``, each
+            for its own channel of what the first gives; and the last S frames of that, ``[B, S, F', D]``, as ``tail``.
+
+    Returns:
+        ``[B, ceil(T / 2), F' = (F + S) // 2, D]``; frames from ``ceil(lengths / 2)`` on are 0. Of a second stage, the
+        same once more.
+    """
+    check_subsampling(x, weight, bias, tail, lengths, depthwise, depthwise_bias, depthwise_tail)
+    lengths = lengths.long()
+    y = _halve(x, weight, bias, tail, lengths)
+    y = F.relu(y) if relu else y
+    if depthwise is None or depthwise_tail is None:
+        return y
+    return _halve(y, depthwise, depthwise_bias, depthwise_tail, (lengths + 1) // 2)
+
+
+def _halve(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, lengths: Tensor) -> Tensor:
+    """The convolution; it moves ``tail`` on."""
+    T, bands, S = x.shape[1], x.shape[2], tail.shape[1]
+    seen = torch.cat([tail, torch.where(_before(lengths, T), x, 0)], dim=1)  # [B, S + T, F, C]
+    last = lengths[:, None] + torch.arange(S, device=x.device)
+    tail.copy_(seen.gather(1, last[:, :, None, None].expand_as(tail)))
+    seen = F.pad(seen, (0, 0, S, 2, 0, 2)).permute(0, 3, 1, 2)  # as much as the last output needs, or more
+    y = F.conv2d(seen, weight[:, None], bias, 2, groups=x.shape[3]).permute(0, 2, 3, 1)
+    y = y[:, : (T + 1) // 2, : (bands + S) // 2]
+    return torch.where(_before((lengths + 1) // 2, y.shape[1]), y, 0)
+
+
+def _before(lengths: Tensor, frames: int) -> Tensor:
+    """Which of ``frames`` frames are real, ``[B, frames, 1, 1]``."""
+    return (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, :, None, None]
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,
@@ -317,6 +373,44 @@ def check_linear(
     expected |= {"norm_weight": (norm_weight, (K,), x.dtype), "norm_bias": (norm_bias, (K,), x.dtype)}
     expected |= {"add": (add, (*x.shape[:-1], N), x.dtype)}
     _expect("linear_step", x, {"weight": (weight, None, None), **expected})
+
+
+def check_subsampling(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    lengths: Tensor,
+    depthwise: Tensor | None,
+    depthwise_bias: Tensor | None,
+    depthwise_tail: Tensor | None,
+) -> None:
+    """As `check_attention`."""
+    if weight.dim() != 3 or weight.shape[1:] != (3, 3):
+        raise ValueError(f"subsample_step: weight must be [any, 3, 3], but has the shape {list(weight.shape)}.")
+    D = weight.shape[0]
+    if x.dim() != 4:
+        raise ValueError(f"subsample_step: x must be [any, any, any, any], but has the shape {list(x.shape)}.")
+    B, _, bands, C = x.shape
+    if C not in (1, D):
+        raise ValueError(f"subsample_step: x must have 1 channel or the {D} of weight, but has {C}.")
+    if tail.dim() != 4 or (tail.shape[0], *tail.shape[2:]) != (B, bands, C):
+        raise ValueError(
+            f"subsample_step: tail must be [{B}, any, {bands}, {C}], but has the shape {list(tail.shape)}."
+        )
+    S = tail.shape[1]
+    if S not in (1, 2):
+        raise ValueError(f"subsample_step: tail must hold 1 or 2 frames, but holds {S}.")
+    if (depthwise is None) != (depthwise_tail is None) or (depthwise is None and depthwise_bias is not None):
+        raise ValueError(
+            "subsample_step: depthwise and depthwise_tail must be given together, and depthwise_bias only with them, "
+            "but one is None."
+        )
+    expected: dict[str, Expected] = {"bias": (bias, (D,), x.dtype), "tail": (tail, None, x.dtype)}
+    expected |= {"depthwise": (depthwise, (D, 3, 3), x.dtype), "depthwise_bias": (depthwise_bias, (D,), x.dtype)}
+    expected |= {"depthwise_tail": (depthwise_tail, (B, S, (bands + S) // 2, D), x.dtype)}
+    _expect("subsample_step", x, {"weight": (weight, None, x.dtype), **expected})
+    _expect_rows("subsample_step", x, {"lengths": lengths})
 
 
 def _expect(operator: str, like: Tensor, expected: dict[str, Expected]) -> None:
