@@ -5,6 +5,8 @@
     speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, with what often
                              stands around it: layer norm before, SiLU behind, and the sum of a residual connection
 
+    speechkit::linear_pack   the weight of linear_step as compiled kernels read it fastest
+
 Compiled kernels register for their device over the PyTorch one. Schema and meaning stay the same.
 """
 
@@ -32,6 +34,9 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(_name, getattr(plain, _name), "CompositeExplicitAutograd")
 
+LIBRARY.define("linear_pack(Tensor weight) -> Tensor")
+LIBRARY.impl("linear_pack", plain.linear_pack, "CompositeImplicitAutograd")
+
 
 @torch.library.register_fake("speechkit::stream_attn", lib=LIBRARY)
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Tensor:
@@ -44,5 +49,5 @@ def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
 
 
 @torch.library.register_fake("speechkit::linear_step", lib=LIBRARY)
-def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, **options: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], plain.linear_outputs(weight, bias))
