@@ -3,7 +3,7 @@
 A step consists of hundreds of small operators, and Python needs longer to arrive at them, through modules and their
 attributes, than most of them run. `Traced` lets it walk that way once for each shape of call, writes down which
 operators came, and from then on calls those. On its way it joins what fits into one `linear_step`: the norm before a
-linear map, the SiLU or the residual sum behind it.
+linear map, the SiLU or the residual sum behind it; and packs its weight as that is read fastest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from speechkit.stream import Context, State, clone_state, leaves, with_leaves
 Stream = Callable[..., tuple[Any, State]]
 aten = torch.ops.aten
 LINEAR = "speechkit.linear_step.default"
+PANEL, LEAST = 16, 64  # rows of a weight: of a panel when packed; with fewer than these, few frames leave a tile empty
+
+Packed = dict[tuple, tuple[Tensor, Tensor]]  # by where a weight lies: itself, which keeps that place taken, and packed
 
 
 class Traced:
@@ -33,13 +36,15 @@ class Traced:
         encoded, state = step(samples, lengths, state, context=context)
 
     The first call with a shape takes a second or so and keeps what it found; `know` does that before a stream begins.
-    Lengths, pauses, joins and leaves are values, not shapes. Only for inference, and with the weights as they were:
-    those that were combined with others, as in a folded batch norm, are not read again.
+    Lengths, pauses, joins and leaves are values, not shapes. Only for inference, and with the weights as they were: those
+    of linear maps are packed, once for all shapes, which takes their memory a second time; those and others that were
+    combined, as in a folded batch norm, are not read again.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self._known: dict[tuple, Callable] = {}
+        self._packed: Packed = {}
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, lengths: Tensor, state: State, *, context: Context) -> tuple[Any, State]:
@@ -61,7 +66,7 @@ class Traced:
             made.append(type(encoded))
             return (*encoded, *leaves(after))
 
-        run = trace(flat, x, lengths, *leaves(state))
+        run = trace(flat, x, lengths, *leaves(state), packed=self._packed)
         output = made[0]
 
         def step(x: Tensor, lengths: Tensor, state: State) -> tuple[Any, State]:
@@ -72,10 +77,14 @@ class Traced:
         return step
 
 
-def trace(function: Callable[..., tuple], *example: Tensor | None) -> Callable[..., tuple]:
+def trace(
+    function: Callable[..., tuple], *example: Tensor | None, packed: Packed | None = None
+) -> Callable[..., tuple]:
     """The operators that ``function`` calls on tensors like these, as one function of such tensors.
 
-    ``example`` is used up: what the function changes in place is changed in it.
+    Args:
+        example: is used up: what the function changes in place is changed in it.
+        packed: weights of linear maps that other traces packed; what this one packs is added.
 
     Raises:
         RuntimeError: where what the function does depends on a value inside a tensor.
@@ -86,11 +95,13 @@ def trace(function: Callable[..., tuple], *example: Tensor | None) -> Callable[.
     constants = _fold(module, changed)
     _share(graph, changed)
     _fuse(graph, changed)
+    _pack(module, changed, constants, {} if packed is None else packed)
     graph.eliminate_dead_code()
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(code.src, names)
-    forward, held = names["forward"], SimpleNamespace(**constants)
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    forward, held = names["forward"], SimpleNamespace(**{name: constants[name] for name in used})
     return lambda *given: forward(held, *given)
 
 
@@ -186,6 +197,23 @@ def _fuse(graph: fx.Graph, changed: set[fx.Node]) -> None:
             graph.erase_node(after)
             graph.erase_node(node)
             node = node_after
+
+
+def _pack(module: fx.GraphModule, changed: set[fx.Node], constants: dict[str, Tensor], packed: Packed) -> None:
+    """Linear maps read a packed weight where theirs is a constant that fills panels or whose bias tells how far."""
+    for node in [node for node in module.graph.nodes if str(node.target) == LINEAR and _pure(node, changed)]:
+        x, source, bias = node.args[:3]
+        weight = constants.get(str(source.target)) if isinstance(source, fx.Node) else None
+        if weight is None or weight.dim() != 2 or len(weight) < LEAST or (bias is None and len(weight) % PANEL):
+            continue
+        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        if place not in packed:
+            packed[place] = weight, torch.ops.speechkit.linear_pack(weight)
+        name = f"packed_{source.target}"
+        constants[name] = packed[place][1]
+        module.register_buffer(name, constants[name])
+        with module.graph.inserting_before(node):
+            node.args = (x, module.graph.get_attr(name), bias)
 
 
 def _sole(node: fx.Node) -> fx.Node | None:
