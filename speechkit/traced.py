@@ -36,9 +36,9 @@ class Traced:
         encoded, state = step(samples, lengths, state, context=context)
 
     The first call with a shape takes a second or so and keeps what it found; `know` does that before a stream begins.
-    Lengths, pauses, joins and leaves are values, not shapes. Only for inference, and with the weights as they were: what
-    was combined with others, as in a folded batch norm, is not read again, nor are the weights of linear maps. Those are
-    packed once for all shapes, so their memory is taken a second time.
+    Lengths, pauses, joins and leaves are values, not shapes. Only for inference, and with the weights as they were:
+    what was combined with others, as in a folded batch norm, is not read again, nor are the weights of linear maps.
+    Those are packed, once for all shapes, so their memory is taken a second time.
     """
 
     def __init__(self, stream: Stream) -> None:
