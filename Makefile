@@ -18,7 +18,7 @@ demo: $(READY)
 	$(SPEECHKIT) stream runs/demo "$$(ls -S data/digits/audio/test/*.flac | head -n 1)" --realtime
 
 test: lint types
-	$(PYTHON) -m pytest -q -m "not slow and not gpu"
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(PYTHON) -m pytest -q -m "slow and not gpu"

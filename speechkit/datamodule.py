@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from lightning.pytorch import LightningDataModule, Trainer
 
-from speechkit.data import Labels, Targets, Transcripts
-from speechkit.data.augment import Augment, chance
-from speechkit.data.batching import Batches, Utterance, plan
-from speechkit.data.corpora import Cut, Source, labels_of
+from speechkit.data import Labels, Targets, Transcripts, Utterance
+from speechkit.data.augment import Augment, Shift, chance
+from speechkit.data.batching import Batches, plan
+from speechkit.data.corpora import Cut, Source, events_of, labels_of
 from speechkit.text import Tokenizer
 from speechkit.types import Seconds
 
@@ -259,7 +260,8 @@ class TagData(Data):
         exclusive: whether each clip must have just one label.
         augment: for training only; ``None`` is as recorded.
         sample_rate: of the samples in a batch; files of other rates are resampled.
-        seconds: heard of a clip in training; of a longer one another piece each time.
+        seconds: heard of a clip in training; of a longer one another piece each time. What is heard in a piece of a
+            clip with events is what these say of it.
         batch: clips in a batch.
         balanced: draw each epoch's clips by chance, rare classes as likely as frequent ones: a clip weighs the sum of
             ``1000 / (clips with that label + 0.01)`` over its labels (PSLA, 2102.01243, section III-B). An epoch then
@@ -286,11 +288,12 @@ class TagData(Data):
         seed: int = 0,
         max_unread: float = 0.05,
     ) -> None:
+        named = Labels(tuple(labels), exclusive)
         super().__init__(
             train=train,
             dev=dev,
             test=test,
-            targets=Labels(tuple(labels), exclusive),
+            targets=named,
             augment=augment,
             sample_rate=sample_rate,
             workers=workers,
@@ -301,7 +304,20 @@ class TagData(Data):
             raise ValueError(
                 f"data.batch and data.seconds must be more than 0, but are {batch} and {seconds}; raise them."
             )
-        self.seconds, self.batch, self.balanced = seconds, batch, balanced
+        self.labels, self.seconds, self.batch, self.balanced = named, seconds, batch, balanced
+
+    def setup(self, stage: str) -> None:
+        """As always; for ``fit``, batches have events where any clip of training has.
+
+        Raises:
+            ValueError: also as `refuse_shifts`.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.labels.names:
+            cuts = (cut for cuts in self.train_cuts.values() for cut in cuts)
+            self.targets = replace(self.labels, timed=any(events_of(cut) is not None for cut in cuts))
+            if self.targets.timed and self.augment:
+                refuse_shifts(self.augment)
 
     def planned(self, epoch: int, utterances: Sequence[Utterance], rank: int, world_size: int) -> list[list[int]]:
         clips = [1.0] * len(utterances)
@@ -331,3 +347,16 @@ class TagData(Data):
         clips = [(self.train[name].repeat, labels_of(cut)) for name, cuts in self.train_cuts.items() for cut in cuts]
         counts = Counter(label for _, labels in clips for label in labels)
         return [repeat * sum(1000 / (counts[label] + 0.01) for label in labels) for repeat, labels in clips]
+
+
+def refuse_shifts(augment: Augment) -> None:
+    """See that an augmentation leaves sounds where the events of a clip say they are; speed takes events along.
+
+    Raises:
+        ValueError: naming the effect that does not.
+    """
+    if moves := [name for name, effect in augment.effects.items() if isinstance(effect, Shift)]:
+        raise ValueError(
+            f"Augmentation must leave sounds where the events of a clip say they are, but {moves[0]} shifts them in "
+            f"time; leave it out with '~augment.effects.{moves[0]}'."
+        )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from speechkit.types import Seconds
+from speechkit.types import Event, Seconds
 
 INK, SOFT, SIGNAL, WARM = "#20262e", "#9aa4b1", "#0b6e99", "#d9572b"
 MEASURES = {"wer": "word error rate", "accuracy": "accuracy", "mAP": "mean average precision"}
@@ -93,6 +94,55 @@ def explained(
     _bare(above, below, right)
     right.spines["left"].set_visible(False)
     return figure
+
+
+class Scene(NamedTuple):
+    """A recording, or a stretch of one, with what is there and what was found in it."""
+
+    title: str
+    features: Float[np.ndarray, "T F"]
+    times: tuple[Seconds, Seconds]  # where the features begin and end
+    there: Sequence[Event]
+    found: Sequence[Event]
+
+
+def scenes(shown: Sequence[Scene], title: str) -> Figure:
+    """For each recording its spectrogram, and below it for each class bars: when it is there, and when it was found.
+
+    Args:
+        shown: with their events in any order; of those beyond ``times`` only what is within is drawn.
+        title: for example the name of the run.
+    """
+    rows = [_classes(scene) for scene in shown]
+    heights = [height for classes in rows for height in (1.5, 0.5 + 0.3 * len(classes))]
+    figure = Figure(figsize=(11.0, 0.8 + 1.1 * sum(heights)), layout="constrained")
+    axes = figure.subplots(2 * len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for scene, classes, above, below in zip(shown, rows, axes[::2], axes[1::2], strict=True):
+        low, high = np.percentile(scene.features, [2, 99.5])
+        extent = (*scene.times, 0.0, float(scene.features.shape[1]))
+        above.imshow(scene.features.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
+        above.set(ylabel="mel band", xlim=scene.times, xticklabels=[])
+        above.set_title(scene.title, loc="left", fontsize=10, color=INK)
+        for side, color, lower in ((scene.there, SIGNAL, -0.36), (scene.found, WARM, 0.04)):
+            for row, label in enumerate(classes):
+                bars = [(event.start, event.end - event.start) for event in side if event.label == label]
+                below.broken_barh(bars, (row + lower, 0.32), color=color, linewidth=0)
+        below.set(xlabel="seconds", xlim=scene.times, ylim=(max(1, len(classes)) - 0.5, -0.5))
+        below.set_yticks(range(len(classes)), classes)
+        below.grid(axis="x", color=SOFT, alpha=0.3, linewidth=0.5)
+        below.set_axisbelow(True)
+        _bare(above, below)
+    legend = [Patch(color=SIGNAL, label="is there"), Patch(color=WARM, label="was found")]
+    figure.legend(handles=legend, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    return figure
+
+
+def _classes(scene: Scene) -> list[str]:
+    """What is heard within the times of a scene, in the order in which it begins."""
+    first, last = scene.times
+    within = [event for event in (*scene.there, *scene.found) if event.end > first and event.start < last]
+    return list(dict.fromkeys(event.label for event in sorted(within, key=lambda event: event.start)))
 
 
 def confusion(counts: Int[np.ndarray, "C C"], labels: Sequence[str], title: str) -> Figure:

@@ -28,7 +28,8 @@ class Recogniser(nn.Module):
 
     Args:
         features: the front end, for example `speechkit.features.FrontEnd`.
-        encoder: a streaming encoder, for example `speechkit.encoders.Conformer`.
+        encoder: a streaming encoder, for example `speechkit.encoders.Conformer`; or one of whole utterances, which has
+            no ``context`` and whose ``init_state`` says so.
         objective: heads and loss, for example `speechkit.objectives.Hybrid`.
         search: called as ``search(objective)``, for example `speechkit.search.Greedy`.
         tokenizer: says what the tokens of the heads mean.
@@ -62,7 +63,7 @@ class Recogniser(nn.Module):
     @property
     def context(self) -> Context:
         """What the encoder sees where no other context is given."""
-        return self.encoder.context
+        return getattr(self.encoder, "context", Context())
 
     @property
     def frame_samples(self) -> int:
@@ -87,7 +88,8 @@ class Recogniser(nn.Module):
 
     def init_state(self, batch: int, *, context: Context | None = None) -> State:
         """The state of ``batch`` streams that have heard nothing."""
-        return self.features.init_state(batch), self.encoder.init_state(batch, context=context)
+        back = self.encoder.init_state(batch, context=context)  # first: it is for the encoder to refuse streams
+        return self.features.init_state(batch), back
 
     def stream(
         self,

@@ -1,4 +1,4 @@
-"""Text as tokens and back: characters, words, SentencePiece; and words with their times.
+"""Text as tokens and back: characters, symbols, words, SentencePiece; and words with their times.
 
 Token 0 is the blank everywhere and never part of a text. A tokenizer writes only what is in its vocabulary: anything
 else is an error that names it, because a model would otherwise learn to leave it out.
@@ -53,7 +53,48 @@ class Tokenizer(Protocol):
         """Put into a model folder what `load_tokenizer` needs."""
 
 
-class Characters:
+class Symbols:
+    """One token a symbol of one or more characters; some symbols of models of others are part of no text.
+
+    Args:
+        symbols: what token 1 and so on are written as, ``None`` for one that is never written. Spaces part words; a
+            vocabulary without them writes one word.
+
+    A text is encoded in the longest symbols that fit, from its beginning on, and in the first of those written alike.
+    """
+
+    def __init__(self, *, symbols: Sequence[str | None]) -> None:
+        self.symbols = tuple(symbols)
+        written = [symbol for symbol in self.symbols if symbol]
+        if not written:
+            raise ValueError("Symbols.symbols must hold at least one that is written, but there are none.")
+        self._tokens = {symbol: len(self.symbols) - n for n, symbol in enumerate(reversed(self.symbols)) if symbol}
+        self._pattern = re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))))
+
+    @property
+    def size(self) -> int:
+        return len(self.symbols) + 1
+
+    def encode(self, text: str) -> list[int]:
+        if unknown := dict.fromkeys(self._pattern.sub("", text)):
+            raise _outside(unknown, text, "symbols")
+        return [self._tokens[symbol] for symbol in self._pattern.findall(text)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(word for word, _, _ in self.word_ranges(tokens))
+
+    def word_ranges(self, tokens: Sequence[int]) -> list[WordRange]:
+        spelt = ((at, None if token == BLANK else self.symbols[token - 1]) for at, token in enumerate(tokens))
+        written = [(at, symbol) for at, symbol in spelt if symbol]
+        runs = itertools.groupby(written, key=lambda item: item[1].isspace())
+        words = [list(run) for space, run in runs if not space]
+        return [("".join(symbol for _, symbol in word), word[0][0], word[-1][0] + 1) for word in words]
+
+    def save(self, folder: AnyPath) -> None:
+        _save(folder, type(self).__name__, symbols=self.symbols)
+
+
+class Characters(Symbols):
     """One token a character; the space is one of them.
 
     Args:
@@ -61,46 +102,31 @@ class Characters:
     """
 
     def __init__(self, *, symbols: str | Sequence[str] = ENGLISH) -> None:
-        self.symbols = tuple(symbols)
-        longer = [symbol for symbol in self.symbols if len(symbol) != 1]
+        longer = [symbol for symbol in symbols if len(symbol) != 1]
         if longer:
             raise ValueError(
-                f"Characters.symbols must be single characters, but {_quoted(longer)} are not; Words takes longer ones."
+                f"Characters.symbols must be single characters, but {_quoted(longer)} are not; Symbols and Words take "
+                f"longer ones."
             )
-        self._tokens = _numbered("Characters.symbols", self.symbols)
-
-    @property
-    def size(self) -> int:
-        return len(self.symbols) + 1
-
-    def encode(self, text: str) -> list[int]:
-        unknown = dict.fromkeys(character for character in text if character not in self._tokens)
-        if unknown:
-            raise _outside(unknown, text, "symbols")
-        return [self._tokens[character] for character in text]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return " ".join(word for word, _, _ in self.word_ranges(tokens))
-
-    def word_ranges(self, tokens: Sequence[int]) -> list[WordRange]:
-        characters = [" " if token == BLANK else self.symbols[token - 1] for token in tokens]
-        runs = itertools.groupby(enumerate(characters), key=lambda item: item[1].isspace())
-        words = [list(run) for space, run in runs if not space]
-        return [("".join(c for _, c in word), word[0][0], word[-1][0] + 1) for word in words]
-
-    def save(self, folder: AnyPath) -> None:
-        _save(folder, type(self).__name__, symbols="".join(self.symbols))
+        _distinct("Characters.symbols", symbols)
+        super().__init__(symbols=tuple(symbols))
 
 
 class Words:
-    """One token a word, for small vocabularies such as digits or commands."""
+    """One token a word, for small vocabularies such as digits, commands or phonemes.
 
-    def __init__(self, *, words: Sequence[str]) -> None:
+    Args:
+        words: what token 1 and so on are written as, ``None`` for one that is never written.
+    """
+
+    def __init__(self, *, words: Sequence[str | None]) -> None:
         self.words = tuple(words)
-        broken = [word for word in self.words if word.split() != [word]]
+        written = [word for word in self.words if word is not None]
+        broken = [word for word in written if word.split() != [word]]
         if broken:
             raise ValueError(f"Words.words must be words without spaces, but {_quoted(broken)} are not; split them.")
-        self._tokens = _numbered("Words.words", self.words)
+        _distinct("Words.words", written)
+        self._tokens = {word: token for token, word in enumerate(self.words, start=1) if word}
 
     @property
     def size(self) -> int:
@@ -116,7 +142,8 @@ class Words:
         return " ".join(word for word, _, _ in self.word_ranges(tokens))
 
     def word_ranges(self, tokens: Sequence[int]) -> list[WordRange]:
-        return [(self.words[token - 1], at, at + 1) for at, token in enumerate(tokens) if token != BLANK]
+        spelt = ((at, None if token == BLANK else self.words[token - 1]) for at, token in enumerate(tokens))
+        return [(word, at, at + 1) for at, word in spelt if word]
 
     def save(self, folder: AnyPath) -> None:
         _save(folder, type(self).__name__, words=self.words)
@@ -235,15 +262,17 @@ def load_tokenizer(folder: AnyPath) -> Tokenizer:
     saved = path.read_text(encoding="utf-8")
     with suppress(json.JSONDecodeError):
         match json.loads(saved):
-            case {"kind": "Characters", "symbols": str(symbols)}:
+            case {"kind": "Characters", "symbols": str(symbols) | list(symbols)}:
                 return Characters(symbols=symbols)
+            case {"kind": "Symbols", "symbols": list(symbols)}:
+                return Symbols(symbols=symbols)
             case {"kind": "Words", "words": list(words)}:
                 return Words(words=words)
             case {"kind": "SentencePiece", "model": str(model)}:
                 return SentencePiece(model=Path(folder, model))
     raise ValueError(
-        f"{path} must describe a tokenizer of kind Characters, Words or SentencePiece, but holds {saved[:80]!r}; "
-        f"save the model again."
+        f"{path} must describe a tokenizer of kind Characters, Symbols, Words or SentencePiece, but holds "
+        f"{saved[:80]!r}; save the model again."
     )
 
 
@@ -284,12 +313,11 @@ def _kept(character: str) -> str:
     return character if kind[0] in "LMN" else "" if kind == "Cf" else " "
 
 
-def _numbered(what: str, symbols: Sequence[str]) -> dict[str, int]:
+def _distinct(what: str, symbols: Sequence[str]) -> None:
     twice = [symbol for symbol, times in Counter(symbols).items() if times > 1]
     if twice or not symbols:
         problem = f"{_quoted(twice)} occur twice" if twice else "there are none"
         raise ValueError(f"{what} must be different from each other and at least one, but {problem}.")
-    return {symbol: number for number, symbol in enumerate(symbols, start=1)}
 
 
 def _outside(unknown: Iterable[str], text: str, where: str) -> ValueError:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Seconds = float
@@ -39,6 +39,15 @@ class Batch(NamedTuple):
     texts: tuple[str, ...]
 
 
+class Timing(NamedTuple):
+    """When classes are heard in the clips of a batch: E events, of the clips of which that is known."""
+
+    known: Bool[Tensor, "B"]
+    clips: Int[Tensor, "E"]
+    classes: Int[Tensor, "E"]
+    times: Float[Tensor, "E 2"]  # beginning and end, in seconds of the clip
+
+
 class TagBatch(NamedTuple):
     """Clips padded to one length, with how much each class is heard in them, 0 to 1."""
 
@@ -47,6 +56,7 @@ class TagBatch(NamedTuple):
     targets: Float[Tensor, "B C"]
     ids: tuple[str, ...]
     texts: tuple[str, ...]  # the labels, as people read them
+    events: Timing | None = None
 
 
 class FeatureOutput(NamedTuple):

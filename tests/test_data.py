@@ -404,7 +404,8 @@ def same(one: list, other: list) -> bool:
 def test_batch_holds_samples_and_tokens_padded_with_zeros(corpus: Path) -> None:
     short, long = (list(read_corpus(corpus))[n] for n in (0, 5))
     short.supervisions[0].text = "a"
-    batch = Transcripts(LETTERS).batch([load(short, RATE), load(long, RATE)], [short, long])
+    utterances = [Utterance(cut, cut.id, cut.duration) for cut in (short, long)]
+    batch = Transcripts(LETTERS).batch([load(short, RATE), load(long, RATE)], utterances)
     assert batch.samples.shape == (2, 7200) and batch.samples.dtype == torch.float32
     assert batch.sample_lengths.tolist() == [3200, 7200] and batch.sample_lengths.dtype == torch.int64
     assert not batch.samples[0, 3200:].any() and batch.samples[0, :3200].any()

@@ -12,18 +12,19 @@ from safetensors.torch import save_file
 from tiny import node, sound, tiny
 
 import speechkit
-from speechkit import pretrained
+from speechkit import audio, pretrained
 from speechkit.app import cli
 from speechkit.pretrained import hub, save
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
 COMMITS = {"main": "1" * 40, "v2": "2" * 40}
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a network that is not there."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def unreachable(*_: object, **__: object) -> None:
         raise huggingface_hub.errors.OfflineModeIsEnabled("there is no network")
@@ -42,6 +43,14 @@ def cached(cache: Path, revision: str = "main") -> Path:
     return folder
 
 
+def put(model: speechkit.Recogniser, folder: Path) -> None:
+    """Save a model into a folder of the cache, which is no run."""
+    save(model, node(), folder / "model")
+    for file in (folder / "model").iterdir():
+        file.rename(folder / file.name)
+    (folder / "model").rmdir()
+
+
 @pytest.mark.parametrize("local", [True, False])
 @torch.no_grad()
 def test_a_model_in_the_cache_is_loaded_without_a_network(cache: Path, local: bool) -> None:
@@ -49,11 +58,7 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(cache: Path, local: bo
         model = tiny()
         torch.manual_seed(seed)
         model.objective.ctc.head.bias.normal_()
-        folder = cached(cache, revision)
-        save(model, node(), folder / "model")
-        for file in (folder / "model").iterdir():
-            file.rename(folder / file.name)
-        (folder / "model").rmdir()
+        put(model, cached(cache, revision))
         name = "hf:owner/name" if revision == "main" else "hf:owner/name@v2"
         found = speechkit.load(name, local=local)
         close(found.objective.ctc.head.bias, model.objective.ctc.head.bias, 0.0)
@@ -110,9 +115,10 @@ def test_nothing_but_safetensors_configs_and_tokenizers_is_asked_for(
     wanted = huggingface_hub.utils.filter_repo_objects
     files = ["model.safetensors", "pytorch_model.bin", "model.pt", "training_args.bin", "model.py", "config.json"]
     files += ["model.safetensors.index.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "x.msgpack"]
+    files += ["special_tokens_map.json", "added_tokens.json"]
     assert set(wanted(files, allow_patterns=asked["allow_patterns"])) == {
         "model.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
-        "tokenizer.json", "vocab.json",
+        "tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     }  # fmt: skip
 
 
@@ -123,3 +129,17 @@ def test_the_command_asks_no_network_where_it_is_told_so(
     assert cli.main(["transcribe", "hf:owner/name", "a.wav", "--local"]) == 1
     assert "hf:owner/name must be in the local cache" in capsys.readouterr().err
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_a_model_of_the_hub_is_evaluated_to_lies_here_and_not_in_the_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tiny(), cached(cache, "v2"))
+    audio.write(tmp_path / "a.wav", sound(1.0).numpy(), 16000)
+    (tmp_path / "set.jsonl").write_text('{"audio": "a.wav", "text": "abc"}\n')
+    monkeypatch.chdir(tmp_path)
+    before = sorted(cache.rglob("*"))
+    assert cli.main(["evaluate", "hf:owner/name@v2", "set.jsonl"]) == 0
+    assert (
+        list((tmp_path / "runs" / "owner-name-v2" / "evaluate").glob("*.json")) and sorted(cache.rglob("*")) == before
+    )

@@ -13,7 +13,7 @@ import torch
 from test_train import refusal, rows, run
 
 import speechkit
-from speechkit import config, pictures
+from speechkit import config, pictures, pretrained
 from speechkit.app.prepare import prepare
 from speechkit.app.train import train
 from speechkit.autoencoder import MaskedAutoencoder
@@ -129,8 +129,10 @@ def test_a_config_without_a_mask_is_refused_by_name(hidden: Path) -> None:
 
 
 def test_a_model_in_pretraining_writes_no_text(hidden: Path, finished: Path, tmp_path: Path) -> None:
-    tones = recipe.write(tmp_path)
     with pytest.raises(ValueError, match="must hold a recogniser, but holds"):
+        pretrained.load_recogniser(finished)
+    tones = recipe.write(tmp_path)
+    with pytest.raises(ValueError, match="init must be a model with the same weights"):
         train(tones, ["name=text", f"init={finished}"])
 
 

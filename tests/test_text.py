@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from speechkit.text import (
     Characters,
     SentencePiece,
+    Symbols,
     Tokenizer,
     Words,
     load_tokenizer,
@@ -36,9 +37,14 @@ def pieces(tmp_path_factory) -> SentencePiece:
     return train_sentencepiece(SENTENCES, tmp_path_factory.mktemp("pieces") / "new" / "s.model", vocab=40)
 
 
-@pytest.fixture(params=["Characters", "SentencePiece", "Words"])
+@pytest.fixture(params=["Characters", "SentencePiece", "Symbols", "Words"])
 def tokenizer(request, pieces: SentencePiece) -> Tokenizer:
-    return {"Characters": Characters(), "SentencePiece": pieces, "Words": Words(words=DIGITS)}[request.param]
+    return {
+        "Characters": Characters(),
+        "SentencePiece": pieces,
+        "Symbols": Symbols(symbols=[None, "NE", *"ONEIZRTW", " "]),
+        "Words": Words(words=[*DIGITS, None]),
+    }[request.param]
 
 
 def _says(call, *parts: str) -> None:
@@ -69,7 +75,8 @@ def test_a_text_comes_back_from_characters_and_pieces(pieces: SentencePiece, tex
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.integers(0, 10), max_size=30))
 def test_word_ranges_cover_what_is_decoded_whatever_a_model_says(pieces: SentencePiece, tokens: list[int]) -> None:
-    for tokenizer in (Characters(symbols=" ABCDEFGHI"), pieces, Words(words=DIGITS)):
+    symbols = Symbols(symbols=["A", None, " ", "ABC", None, "D", "E", "F", " G", "H"])
+    for tokenizer in (Characters(symbols=" ABCDEFGHI"), symbols, pieces, Words(words=[*DIGITS[:8], None, "NINE"])):
         ranges = tokenizer.word_ranges(tokens)
         assert " ".join(word for word, _, _ in ranges) == tokenizer.decode(tokens)
         borders = [border for _, first, past in ranges for border in (first, past)]
@@ -83,6 +90,16 @@ def test_the_space_is_a_token_and_the_blank_is_none() -> None:
     assert tokenizer.encode("A B") == [1, 3, 2]
     assert tokenizer.decode([0, 1, 0, 3, 3, 0, 2]) == "A B"
     assert tokenizer.word_ranges([3, 1, 2, 3, 2]) == [("AB", 1, 3), ("B", 4, 5)]
+
+
+def test_symbols_are_found_longest_first_and_some_are_never_written() -> None:
+    tokenizer = Symbols(symbols=["A", None, "B", "ABC", " ", "$"])
+    assert tokenizer.encode("AABC B$") == [1, 4, 5, 3, 6]
+    assert tokenizer.decode([1, 2, 4, 0, 2, 5, 5, 3]) == "AABC B"
+    assert tokenizer.word_ranges([2, 1, 2, 4, 2, 5, 3]) == [("AABC", 1, 4), ("B", 6, 7)]
+    _says(lambda: tokenizer.encode("CAB D"), "'C', 'D'", "symbols")
+    assert Symbols(symbols=["A", None, "A", " "]).encode("A A") == [1, 4, 1]
+    _says(lambda: Symbols(symbols=[None]), "Symbols.symbols", "there are none")
 
 
 def test_any_script_can_be_written_with_characters() -> None:
@@ -124,7 +141,12 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     _says(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json", "save the model again")
     for content in ("{", '{"kind": "Letters"}', '{"kind": "Characters"}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        _says(lambda: load_tokenizer(tmp_path), "tokenizer.json", "Characters, Words or SentencePiece", content[:8])
+        _says(
+            lambda: load_tokenizer(tmp_path),
+            "tokenizer.json",
+            "Characters, Symbols, Words or SentencePiece",
+            content[:8],
+        )
 
 
 def test_sentencepiece_training_says_what_vocab_would_do(tmp_path: Path) -> None:

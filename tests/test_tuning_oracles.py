@@ -188,6 +188,8 @@ def test_what_peft_does_not_have_is_refused_by_name(arguments: dict[str, Any], m
 
 
 def test_methods_of_peft_that_change_no_single_map_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"learns by gradients alone, but adalora also .*; take method=lora"):
+        Peft(method="adalora", arguments={"total_step": 100})
     with pytest.raises(ValueError, match="change linear maps, in small letters, but is prefix_tuning"):
         Peft(method="prefix_tuning")
     with pytest.raises(ValueError, match=r"tuning\.method must be one that peft can put .* but vera cannot"):

@@ -25,6 +25,8 @@ examples:
 
 A model is a run (runs/demo) or a model folder (runs/demo/model)."""
 
+MEDIAN = "of events: smooth the scores of frames by a running median of S seconds (default 0.3; 0 does not)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and say its exit status."""
@@ -111,6 +113,8 @@ def _evaluate(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser
         "--batch", type=_count, default=16, metavar="N", help="utterances or clips at a time (default 16)"
     )
     verb.add_argument("--worst", type=int, default=3, metavar="N", help="worst utterances or clips to show (default 3)")
+    verb.add_argument("--threshold", type=_share, metavar="P", help="of events: a frame's score, 0 to 1 (default 0.5)")
+    verb.add_argument("--median", type=_seconds, metavar="S", help=MEDIAN)
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a row instead of the table")
     verb.set_defaults(run=_lazy("evaluate", "evaluate"))
 
@@ -154,6 +158,7 @@ def _tag(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -> 
         "--threshold", type=_share, metavar="P", help="only labels with this score, 0 to 1; of events 0.5 unless given"
     )
     verb.add_argument("--events", action="store_true", help="a line for each event: when a label begins and ends")
+    verb.add_argument("--median", type=_seconds, metavar="S", help=MEDIAN)
     verb.add_argument("--json", dest="as_json", action="store_true", help="one JSON object a line")
     verb.add_argument(
         "--explain", metavar="FOLDER", help="also write a picture of each file: where in its spectrogram that is heard"
@@ -244,6 +249,16 @@ def _share(text: str) -> float:
         value = math.nan
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, but is {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, but is {text}")
     return value
 
 

@@ -73,6 +73,8 @@ def evaluate(
     batch: int = 16,
     worst: int = 3,
     as_json: bool = False,
+    threshold: float | None = None,
+    median: Seconds | None = None,
 ) -> int:
     """Evaluate every run on every set and print the table; what was heard is written to ``RUN/evaluate``.
 
@@ -92,7 +94,20 @@ def evaluate(
                 f"{runs[0]} holds a tagger, which searches nothing and hears clips whole, but --search, --stream "
                 f"or --chunk-ms is given; leave it out."
             )
-        return evaluate_tags.evaluate(runs=runs, named=named, split=split, batch=batch, worst=worst, as_json=as_json)
+        return evaluate_tags.evaluate(
+            runs=runs,
+            named=named,
+            split=split,
+            batch=batch,
+            worst=worst,
+            as_json=as_json,
+            threshold=threshold,
+            median=median,
+        )
+    if threshold is not None or median is not None:
+        raise ValueError(
+            f"{runs[0]} holds a recogniser, which finds no events, but --threshold or --median is given; leave it out."
+        )
     jobs = list(_jobs(runs, manifests(named, split), search or [None], stream, chunk_ms or []))
     rows, wrong, faults = [], [], 0
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -163,7 +178,7 @@ def _jobs(
 ) -> Iterator[_Job]:
     for run in runs:
         model = ready(run)
-        streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or [live_context(model)] * stream
+        streamed = [live_context(model, seconds(ms)) for ms in chunk_ms] or ([live_context(model)] if stream else [])
         found = [(name or _snake(type(model.search).__name__), search_of(model, name)) for name in searches]
         for name, cuts in (given or own(run)).items():
             ways = [(*search, context) for search in found for context in (None, *streamed)]
@@ -194,7 +209,7 @@ def _write(job: _Job, readings: Sequence[Reading], spent: Seconds) -> Row:
         rtf=round(spent / audio, 5),
     )
     folder = home(job.run) / "evaluate"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", f"{job.set}-{job.searched}-{job.heard}").strip("-")
     (folder / f"{name}.json").write_text(json.dumps(asdict(row), ensure_ascii=False, indent=2) + "\n")
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:

@@ -1,4 +1,7 @@
-"""``speechkit evaluate`` of taggers: runs times test sets in one table, a report of each class, a confusion matrix."""
+"""``speechkit evaluate`` of taggers: runs times test sets in one table, a report of each class, a confusion matrix.
+
+Where clips have events, these too are measured, by `speechkit.app.tag_events`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +22,20 @@ from rich.progress import Progress
 from speechkit import pictures
 from speechkit.app.outputs import Faults
 from speechkit.app.sets import home, manifests, own
-from speechkit.app.tag import ready
-from speechkit.app.tag_reports import Interval, Row, classes, finite, report, table
+from speechkit.app.tag import MEDIAN, SURE, ready, rounded
+from speechkit.app.tag_events import Finder, InTime, Timed, picture
+from speechkit.app.tag_reports import Interval, Row, classes, finite, report, tables
 from speechkit.app.transcribe import groups
-from speechkit.data.corpora import Cut, labels_of
+from speechkit.data.corpora import Cut, events_of, labels_of
 from speechkit.data.loading import load as load_samples
 from speechkit.data.targets import Labels
 from speechkit.metrics import Tagging, inside
 from speechkit.tagger import Tagger
-from speechkit.types import Seconds
+from speechkit.types import Event, Seconds
 
 WIDTH = 150  # of a table in a file or a pipe
 DRAWS, BUDGET = 1000, 2 * 10**8  # of an interval; scores sorted for all of them together
+Heard = tuple[np.ndarray, tuple[Event, ...] | None]  # the scores of a clip, and its events if those are measured
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Result:
 
     ids: tuple[str, ...]
     found: Tagging
+    timed: Timed | None  # those that have events
     seconds: Seconds
     spent: Seconds
 
@@ -49,31 +57,49 @@ class Result:
 
 
 def evaluate(
-    *, runs: Sequence[str], named: Sequence[str], split: str | None, batch: int, worst: int, as_json: bool
+    *,
+    runs: Sequence[str],
+    named: Sequence[str],
+    split: str | None,
+    batch: int,
+    worst: int,
+    as_json: bool,
+    threshold: float | None = None,
+    median: Seconds | None = None,
 ) -> int:
     """Evaluate every run on every set and print the table; scores and reports are written to ``RUN/evaluate``.
 
     Runs that were tested on different clips of one set, as folds are, have a last row of their mean.
 
+    Args:
+        threshold, median: of events, as those of `Tagger.events`.
+
     Raises:
-        ValueError: before anything is evaluated, for a run that is no tagger, or labels that it does not have.
+        ValueError: before anything is evaluated, for a run that is no tagger, labels that it does not have, or how
+            events are to be found where no clip has any.
     """
     given, faults = manifests(named, split, transcribed=False), Faults()
-    jobs = [job for run in runs for job in _jobs(run, given)]
+    finder = Finder(SURE if threshold is None else threshold, MEDIAN if median is None else median)
+    jobs = [job for run in runs for job in _jobs(run, given, finder)]
+    if not (threshold is None and median is None) and not any(job.timed for job in jobs):
+        raise ValueError(
+            "--threshold and --median must be given for clips with events, but no clip has any; leave them out, or "
+            "write 'events': [...] into the manifest."
+        )
     done: list[tuple[_Job, Result]] = []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         for job in jobs:
             done.append((job, job.hear(batch, progress, faults)))
-    rows = [_write(job, result) for job, result in done] + _means(done)
+    rows = [_write(job, result, worst) for job, result in done] + _means(done)
     if as_json:
         print(*(json.dumps(finite(asdict(row)), ensure_ascii=False) for row in rows), sep="\n")
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         if len(done) == 1:
-            console.print(classes(done[0][1].found))
+            console.print(classes(done[0][1].found, done[0][1].timed))
         for job, result in done:
             console.print(_worst(job, result, worst), end="", markup=False)
-        console.print(table(rows))
+        console.print(*tables(rows), sep="\n")
     return 1 if faults.count else 0
 
 
@@ -85,25 +111,43 @@ class _Job:
     set: str
     cuts: list[Cut]
     tagger: Tagger
+    finder: Finder
+
+    @cached_property
+    def timed(self) -> frozenset[str]:
+        """The clips of which it is known when what is heard."""
+        return frozenset(cut.id for cut in self.cuts if events_of(cut) is not None)
+
+    @cached_property
+    def exclusive(self) -> bool:
+        """Whether classes exclude each other in clips, and not only at any moment of them."""
+        several = any(cut.id in self.timed and len(labels_of(cut)) != 1 for cut in self.cuts)
+        return self.tagger.exclusive and not several
 
     def hear(self, batch: int, progress: Progress, faults: Faults) -> Result:
-        scores: dict[str, np.ndarray] = {}
-        spent, longest = 0.0, self.tagger.seconds(self.tagger.frames)
-        bar = progress.add_task(f"{self.run} {self.set}", total=sum(cut.duration for cut in self.cuts))
-        short = sorted((cut for cut in self.cuts if cut.duration <= longest), key=lambda cut: cut.duration)
-        for group in (*groups(short, batch), *([cut] for cut in self.cuts if cut.duration > longest)):
+        heard: dict[str, Heard] = {}
+        spent, bar = 0.0, progress.add_task(f"{self.run} {self.set}", total=sum(cut.duration for cut in self.cuts))
+        for group in self._groups(batch):
             clips = {}
             for cut in group:
                 with faults.reporting():
                     clips[cut.id] = self._clip(cut)
             start = time.perf_counter()
-            scores.update(zip(clips, self._scores(list(clips.values())), strict=True))
+            heard.update(zip(clips, self._heard(clips), strict=True))
             spent += time.perf_counter() - start
             progress.advance(bar, sum(cut.duration for cut in group))
-        heard = [cut for cut in self.cuts if cut.id in scores]
-        if not heard:
+        there = [cut for cut in self.cuts if cut.id in heard]
+        if not there:
             raise ValueError(f"{self.set} must have clips that can be read, but has none; see the faults above.")
-        return Result(tuple(cut.id for cut in heard), self._found(heard, scores), sum(c.duration for c in heard), spent)
+        ids, seconds = tuple(cut.id for cut in there), sum(cut.duration for cut in there)
+        return Result(ids, self._found(there, heard), self._timed(there, heard), seconds, spent)
+
+    def _groups(self, batch: int) -> Iterator[list[Cut]]:
+        """Clips that are heard together: short ones without events, the shortest first; all others are alone."""
+        longest = self.tagger.seconds(self.tagger.frames)
+        together = [cut for cut in self.cuts if cut.duration <= longest and cut.id not in self.timed]
+        yield from groups(sorted(together, key=lambda cut: cut.duration), batch)
+        yield from ([cut] for cut in self.cuts if cut.duration > longest or cut.id in self.timed)
 
     def _clip(self, cut: Cut) -> torch.Tensor:
         samples = load_samples(cut, self.tagger.sample_rate)
@@ -114,31 +158,41 @@ class _Job:
             )
         return torch.from_numpy(samples)
 
-    def _scores(self, clips: list[torch.Tensor]) -> np.ndarray:
+    def _heard(self, clips: dict[str, torch.Tensor]) -> list[Heard]:
         if not clips:
-            return np.zeros((0, len(self.tagger.labels)))
-        device, lengths = next(self.tagger.head.parameters()).device, torch.tensor([len(clip) for clip in clips])
-        samples = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-        return self.tagger.clip_scores(samples.to(device), lengths.to(device)).double().numpy()
+            return []
+        if clips.keys() & self.timed:  # then it is one
+            scores, found = self.finder(self.tagger, *clips.values())
+            return [(scores.double().numpy(), found)]
+        device, rows = next(self.tagger.head.parameters()).device, list(clips.values())
+        samples = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return [(row, None) for row in self.tagger.clip_scores(samples.to(device), lengths.to(device)).double().numpy()]
 
-    def _found(self, cuts: Sequence[Cut], scores: dict[str, np.ndarray]) -> Tagging:
+    def _found(self, cuts: Sequence[Cut], heard: dict[str, Heard]) -> Tagging:
         labels = self.tagger.labels
         targets = np.array([[label in labels_of(cut) for label in labels] for cut in cuts])
-        return Tagging(labels, targets, np.stack([scores[cut.id] for cut in cuts]), self.tagger.exclusive)
+        return Tagging(labels, targets, np.stack([heard[cut.id][0] for cut in cuts]), self.exclusive)
+
+    def _timed(self, cuts: Sequence[Cut], heard: dict[str, Heard]) -> Timed | None:
+        timed = tuple(cut for cut in cuts if cut.id in self.timed)
+        found = tuple(heard[cut.id][1] or () for cut in timed)
+        return Timed(self.tagger.labels, timed, found, self.finder) if timed else None
 
 
-def _jobs(run: str, given: dict[str, list[Cut]]) -> list[_Job]:
+def _jobs(run: str, given: dict[str, list[Cut]], finder: Finder) -> list[_Job]:
     tagger = ready(run)
-    jobs = [_Job(run, name, cuts, tagger) for name, cuts in (given or own(run, transcribed=False)).items()]
+    sets = given or own(run, transcribed=False)
+    jobs = [_Job(run, name, cuts, tagger, finder) for name, cuts in sets.items()]
     for job in jobs:
         try:
-            Labels(tagger.labels, tagger.exclusive).check(job.cuts)
+            Labels(tagger.labels, job.exclusive).check(job.cuts)
         except ValueError as fault:
             raise ValueError(f"{run} cannot be evaluated on {job.set}: {fault}") from fault
     return jobs
 
 
-def _write(job: _Job, result: Result) -> Row:
+def _write(job: _Job, result: Result, worst: int) -> Row:
     """The row of the table, also written to RUN/evaluate, with scores, reports and confusions beside it."""
     found = result.found
     row = Row(
@@ -155,6 +209,7 @@ def _write(job: _Job, result: Result) -> Row:
         absent=found.absent,
         seconds=round(result.seconds, 3),
         rtf=round(result.spent / result.seconds, 5),
+        events=InTime.of([result.timed]) if result.timed else None,
     )
     folder = home(job.run) / "evaluate"
     folder.mkdir(exist_ok=True)
@@ -162,15 +217,25 @@ def _write(job: _Job, result: Result) -> Row:
     about = finite(asdict(row)) | {"labels": list(found.labels)}
     (folder / f"{name}.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n")
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-        for clip, targets, scores in zip(result.ids, found.targets, found.scores, strict=True):
-            there = [found.labels[n] for n in np.flatnonzero(targets).tolist()]
-            line = {"id": clip, "labels": there, "scores": [round(score, 6) for score in scores.tolist()]}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    report(folder, name, row, found)
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(result))
+    report(folder, name, row, found, result.timed)
     if found.exclusive:
         title = f"{job.run} on {job.set}: {100 * found.accuracy():.1f} % of {len(result.ids)} clips"
         pictures.confusion(found.confusion, found.labels, title).savefig(folder / f"{name}-confusion.png", dpi=110)
+    if result.timed and worst > 0:
+        title = f"{job.run} on {job.set}: the recordings found worst"
+        shown = picture(job.tagger.sample_rate, result.timed, result.timed.worst(worst), title)
+        shown.savefig(folder / f"{name}-events.png", dpi=110)
     return row
+
+
+def _lines(result: Result) -> Iterator[dict[str, Any]]:
+    """What was heard in each clip."""
+    found, events = result.found, result.timed.by_id if result.timed else {}
+    for clip, targets, scores in zip(result.ids, found.targets, found.scores, strict=True):
+        there = [found.labels[n] for n in np.flatnonzero(targets).tolist()]
+        line = {"id": clip, "labels": there, "scores": [round(score, 6) for score in scores.tolist()]}
+        yield line | ({"events": rounded(events[clip])} if clip in events else {})
 
 
 def _worst(job: _Job, result: Result, count: int) -> str:
@@ -197,7 +262,8 @@ def _means(done: Sequence[tuple[_Job, Result]]) -> list[Row]:
 
 
 def _mean(name: str, results: Sequence[Result]) -> Row:
-    exclusive, parts = results[0].found.exclusive, [result.found for result in results]
+    parts = [result.found for result in results]
+    exclusive = all(part.exclusive for part in parts)
 
     def mean(measure: str) -> float:
         return float(np.mean([getattr(part, measure)() for part in parts]))
@@ -207,6 +273,7 @@ def _mean(name: str, results: Sequence[Result]) -> Row:
         least = min(map(len, drawn))
         return inside(np.mean([draws[:least] for draws in drawn], axis=0), mean(measure))
 
+    timed = [result.timed for result in results if result.timed]
     return Row(
         run=f"mean of {len(results)}",
         set=name,
@@ -221,4 +288,5 @@ def _mean(name: str, results: Sequence[Result]) -> Row:
         absent=max(part.absent for part in parts),
         seconds=round(sum(result.seconds for result in results), 3),
         rtf=round(sum(result.spent for result in results) / sum(result.seconds for result in results), 5),
+        events=InTime.of(timed) if len(timed) == len(results) else None,
     )

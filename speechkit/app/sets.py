@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from speechkit import config as configs
 from speechkit.data.corpora import Cut, Source
-from speechkit.pretrained import model_folder
+from speechkit.pretrained import hub, model_folder
 
 Sets = dict[str, list[Cut]]
 
@@ -53,6 +54,8 @@ def own(run: str, *, transcribed: bool = True) -> Sets:
 
 
 def home(run: str) -> Path:
-    """The run around a model folder, or the model folder where it is alone."""
+    """The run around a model folder, the model folder where it is alone, and ``runs/NAME`` for a model of the hub."""
+    if run.startswith(hub.PREFIX):
+        return Path("runs", re.sub(r"[^\w.-]+", "-", run.removeprefix(hub.PREFIX)))
     model = model_folder(run)
     return model.parent if model.name.strip(".").startswith("model") else model

@@ -19,6 +19,7 @@ from speechkit.tagger import Piece, Tag, Tagger
 from speechkit.types import Event, Seconds
 
 SURE = 0.5  # of a frame of an event, unless a threshold is given
+MEDIAN: Seconds = 0.3  # over which scores of frames are taken, unless it is given
 
 
 def tag(
@@ -28,10 +29,17 @@ def tag(
     top: int = 5,
     threshold: float | None = None,
     events: bool = False,
+    median: Seconds | None = None,
     as_json: bool = False,
     explain: str | None = None,
 ) -> int:
-    """Print what is heard in each file that can be read; the exit status is 1 if one could not."""
+    """Print what is heard in each file that can be read; the exit status is 1 if one could not.
+
+    Raises:
+        ValueError: for a model that is no tagger, or a median where no events are wanted.
+    """
+    if median is not None and not events:
+        raise ValueError("--median must be given with --events, whose scores it smooths, but is alone; add --events.")
     tagger, faults = ready(model), Faults()
     if explain is not None:
         make(Path(explain), files, ".png")
@@ -41,7 +49,9 @@ def tag(
             with Progress(file, length) as progress:
                 if events:
                     sure = SURE if threshold is None else threshold
-                    heard: Heard | Events = Events(tagger.events(file, threshold=sure, progress=progress))
+                    width = MEDIAN if median is None else median
+                    found = tagger.events(file, threshold=sure, median=width, progress=progress)
+                    heard: Heard | Events = Events(found)
                 else:
                     pieces = tagger.pieces(file, progress)
                     heard = Heard.of(tagger, pieces, length, top, threshold or 0.0)
@@ -122,7 +132,7 @@ class Events(NamedTuple):
             yield f"{start:8.2f} - {end:.2f} s  {score:.2f} {label}"
 
     def record(self) -> dict[str, Any]:
-        return {"events": [{k: _rounded(v) for k, v in event._asdict().items()} for event in self.events]}
+        return {"events": rounded(self.events)}
 
 
 def picture(tagger: Tagger, file: str, top: int) -> pictures.Figure:
@@ -140,5 +150,9 @@ def _tags(tags: Iterable[Tag]) -> list[dict[str, Any]]:
     return [{"label": label, "score": round(score, 5)} for label, score in tags]
 
 
-def _rounded(value: Any) -> Any:
-    return round(value, 3) if isinstance(value, float) else value
+def rounded(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """Events as they are written: times and scores to three digits."""
+    return [
+        {key: round(value, 3) if isinstance(value, float) else value for key, value in event._asdict().items()}
+        for event in events
+    ]

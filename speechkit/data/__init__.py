@@ -12,9 +12,9 @@ from speechkit.data.augment import (
     Shift,
     Telephone,
 )
-from speechkit.data.batching import Batches, Utterance, plan
+from speechkit.data.batching import Batches, plan
 from speechkit.data.corpora import Source, read_corpus
-from speechkit.data.targets import Labels, Targets, Transcripts, check_text
+from speechkit.data.targets import Labels, Targets, Transcripts, Utterance, check_text
 
 __all__ = [
     "Augment",

@@ -11,31 +11,18 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lhotse.cut import Cut
 from torch.utils.data import DataLoader, Dataset
 
 from speechkit.audio import Samples
 from speechkit.data.augment import Augment
 from speechkit.data.loading import load
-from speechkit.data.targets import Targets
+from speechkit.data.targets import Targets, Utterance
 from speechkit.types import Seconds
 
 log = logging.getLogger("speechkit")
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A cut, or a piece of it, on its way into an epoch. All chance in its augmentation comes from ``key``."""
-
-    cut: Cut
-    key: str
-    seconds: Seconds  # after the change of speed
-    start: Seconds = 0.0  # of the piece
-    duration: Seconds | None = None  # of the piece, before the change of speed; ``None`` is all from the start on
 
 
 def plan(
@@ -119,11 +106,11 @@ class _Rendering(Dataset):
         for shift in range(len(self.batches)):
             ready = self._read(self.batches[(index + shift) % len(self.batches)], faults)
             if ready:
-                cuts, samples = zip(*ready, strict=True)
-                return self.targets.batch(samples, cuts), faults
+                utterances, samples = zip(*ready, strict=True)
+                return self.targets.batch(samples, utterances), faults
         return None, faults
 
-    def _read(self, batch: Sequence[Utterance], faults: dict[str, str]) -> list[tuple[Cut, Samples]]:
+    def _read(self, batch: Sequence[Utterance], faults: dict[str, str]) -> list[tuple[Utterance, Samples]]:
         ready = []
         for utterance in batch:
             try:
@@ -131,7 +118,7 @@ class _Rendering(Dataset):
             except (ValueError, OSError) as fault:
                 faults[utterance.cut.id] = str(fault)
             else:
-                ready.append((utterance.cut, self._augmented(samples, utterance)))
+                ready.append((utterance, self._augmented(samples, utterance)))
         return ready
 
     def _augmented(self, samples: Samples, utterance: Utterance) -> Samples:

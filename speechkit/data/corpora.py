@@ -16,6 +16,8 @@ speaker     optional name, for filters and for splits that share no speaker
 split       optional ``train``, ``dev``, ``test`` or any other name, for filters
 fold        optional number, for filters
 label       optional name of what is heard, for tagging; ``labels`` is a list of such names, and may be empty
+events      optional list of ``{"label": NAME, "start": SECOND, "end": SECOND}``, counted from where the clip begins:
+            everything that is heard, and when; an empty list is a clip in which nothing is. Labels then are theirs
 =========== ======== ===============================================================================================
 
 Other keys are kept. A lhotse CutSet (``.jsonl`` or ``.jsonl.gz``) is read by the same functions.
@@ -40,7 +42,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from speechkit import audio
-from speechkit.types import Seconds
+from speechkit.types import Event, Seconds
 
 TOLERANCE: Seconds = 0.05  # manifests round, and lossy codecs pad
 
@@ -146,19 +148,58 @@ def fold_of(cut: Cut) -> int | None:
 
 
 def labels_of(cut: Cut) -> tuple[str, ...]:
-    """What is heard in a cut: its ``labels``, or its one ``label``.
+    """What is heard in a cut: its ``labels``, its one ``label``, or the labels of its ``events``.
 
     Raises:
-        ValueError: naming the cut, where they are no names.
+        ValueError: naming the cut, where they are no names, or are not those of its events.
     """
-    custom = _custom(cut)
-    labels = custom.get("labels", [custom["label"]] if "label" in custom else [])
+    custom, events = _custom(cut), events_of(cut)
+    heard = list(dict.fromkeys(event.label for event in events or ()))
+    labels = custom.get("labels", [custom["label"]] if "label" in custom else heard)
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(
             f"The labels of {cut.id} must be a list of names, but are {labels!r}; write 'label': NAME or 'labels': "
             f"[NAME, ...] into its line."
         )
+    if events is not None and set(labels) != set(heard):
+        raise ValueError(
+            f"The labels of {cut.id} must be those of its events, but are {', '.join(labels) or 'none'} where its "
+            f"events are of {', '.join(heard) or 'nothing'}; correct one of them, or delete the labels."
+        )
     return tuple(labels)
+
+
+def events_of(cut: Cut) -> tuple[Event, ...] | None:
+    """What is heard in a cut and when, in seconds from its beginning; ``None`` where that is not known.
+
+    Raises:
+        ValueError: naming the cut, where ``events`` is no list of events that lie within it.
+    """
+    listed = _custom(cut).get("events")
+    if listed is None:
+        return None
+    if not isinstance(listed, list):
+        raise ValueError(
+            f"the events of {cut.id} must be a list, but are {_named(listed)}; write 'events': [{{'label': NAME, "
+            f"'start': SECOND, 'end': SECOND}}, ...], or [] where nothing is heard."
+        )
+    return tuple(_event(record, cut) for record in listed)
+
+
+def _event(record: Any, cut: Cut) -> Event:
+    label, *times = map(record.get, ("label", "start", "end")) if isinstance(record, dict) else (None,) * 3
+    if not isinstance(label, str) or not all(isinstance(t, int | float) and not isinstance(t, bool) for t in times):
+        raise ValueError(
+            f"an event of {cut.id} must be {{'label': NAME, 'start': SECOND, 'end': SECOND}}, but is {record!r:.80}; "
+            f"correct it."
+        )
+    start, end = map(float, times)  # type: ignore[arg-type]
+    if not 0 <= start < min(end, cut.duration) or not end <= cut.duration + TOLERANCE:
+        raise ValueError(
+            f"an event of {cut.id} must begin before it ends and lie within the clip, 0 to {cut.duration:.3f} s, but "
+            f"{label} lasts from {start} to {end} s; correct it, counting from the beginning of the clip."
+        )
+    return Event(label, start, min(end, cut.duration))
 
 
 def _custom(cut: Cut) -> Mapping[str, Any]:
@@ -173,8 +214,8 @@ def read_corpus(path: str | os.PathLike[str], *, transcribed: bool = True) -> Cu
 
     Raises:
         ValueError: naming the first faulty line, and how many more there are: not JSON, a key missing or of another
-            type, an audio file that is missing, broken or not as long as the line says, an id used twice; or if
-            there is no line at all.
+            type, an audio file that is missing, broken or not as long as the line says, an event that is not within
+            its clip, an id used twice; or if there is no line at all.
     """
     cuts: dict[str, Cut] = {}
     faults = []
@@ -216,6 +257,8 @@ def _cut(line: str, folder: Path, transcribed: bool) -> Cut:
     cut = _from_lhotse(record, folder) if str(record.get("type")).endswith("Cut") else _from_manifest(record, folder)
     if transcribed and not any(supervision.text is not None for supervision in cut.supervisions):
         raise ValueError("the key 'text' is missing; add the transcript, or '' where nothing is said.")
+    if events_of(cut) is not None:
+        labels_of(cut)  # which must be theirs
     return cut
 
 

@@ -12,10 +12,40 @@ import torch
 from lhotse.cut import Cut
 
 from speechkit.audio import Samples
-from speechkit.data.corpora import labels_of, text_of
+from speechkit.data.corpora import events_of, labels_of, text_of
 from speechkit.schema import meant
 from speechkit.text import Tokenizer
-from speechkit.types import Batch, TagBatch
+from speechkit.types import Batch, Event, Seconds, TagBatch, Timing
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A cut, or a piece of it, on its way into an epoch. All chance in its augmentation comes from ``key``."""
+
+    cut: Cut
+    key: str
+    seconds: Seconds  # after the change of speed
+    start: Seconds = 0.0  # of the piece
+    duration: Seconds | None = None  # of the piece, before the change of speed; ``None`` is all from the start on
+
+    def events(self) -> tuple[Event, ...] | None:
+        """What is heard and when, in seconds after the change of speed; ``None`` where that is not known."""
+        if (events := events_of(self.cut)) is None:
+            return None
+        length = self.cut.duration - self.start if self.duration is None else self.duration
+        speed = length / self.seconds
+        inside = (
+            event._replace(
+                start=max(0.0, event.start - self.start) / speed, end=min(length, event.end - self.start) / speed
+            )
+            for event in events
+        )
+        return tuple(event for event in inside if event.start < event.end)
+
+    def labels(self) -> tuple[str, ...]:
+        """What is heard: of a piece, where that is known, in this piece."""
+        events = self.events()
+        return labels_of(self.cut) if events is None else tuple(dict.fromkeys(event.label for event in events))
 
 
 class Targets(Protocol):
@@ -27,7 +57,7 @@ class Targets(Protocol):
         """Raise a ValueError that names what a model with these targets could not say."""
         ...
 
-    def batch(self, samples: Sequence[Samples], cuts: Sequence[Cut]) -> Any:
+    def batch(self, samples: Sequence[Samples], utterances: Sequence[Utterance]) -> Any:
         """Sounds padded with zeros, and what is to be said of them."""
         ...
 
@@ -42,12 +72,12 @@ class Transcripts:
     def check(self, cuts: Iterable[Cut]) -> None:
         check_text(cuts, self.tokenizer)
 
-    def batch(self, samples: Sequence[Samples], cuts: Sequence[Cut]) -> Batch:
-        texts = tuple(text_of(cut) for cut in cuts)
+    def batch(self, samples: Sequence[Samples], utterances: Sequence[Utterance]) -> Batch:
+        texts = tuple(text_of(utterance.cut) for utterance in utterances)
         tokens = [np.asarray(self.tokenizer.encode(text), dtype=np.int64) for text in texts]
         rows, sample_lengths = _pad(samples, np.float32)
         labels, token_lengths = _pad(tokens, np.int64)
-        return Batch(rows, sample_lengths, labels, token_lengths, tuple(cut.id for cut in cuts), texts)
+        return Batch(rows, sample_lengths, labels, token_lengths, tuple(u.cut.id for u in utterances), texts)
 
 
 @dataclass(frozen=True)
@@ -57,10 +87,12 @@ class Labels:
     Args:
         names: of all classes; without any, labels are not looked at, as for a training that needs none.
         exclusive: whether each cut must have just one.
+        timed: whether batches have events.
     """
 
     names: tuple[str, ...] = ()
     exclusive: bool = False
+    timed: bool = False
     transcribed = False
 
     def __post_init__(self) -> None:
@@ -92,15 +124,25 @@ class Labels:
                 f"not: {shown}{near} Correct them, or add them to the classes."
             )
 
-    def batch(self, samples: Sequence[Samples], cuts: Sequence[Cut]) -> TagBatch:
+    def batch(self, samples: Sequence[Samples], utterances: Sequence[Utterance]) -> TagBatch:
         rows, lengths = _pad(samples, np.float32)
-        heard = [labels_of(cut) for cut in cuts]
+        heard = [utterance.labels() for utterance in utterances]
         return TagBatch(
             samples=rows,
             sample_lengths=lengths,
             targets=torch.tensor([[float(name in labels) for name in self.names] for labels in heard]),
-            ids=tuple(cut.id for cut in cuts),
+            ids=tuple(utterance.cut.id for utterance in utterances),
             texts=tuple(", ".join(labels) for labels in heard),
+            events=self._timing([utterance.events() for utterance in utterances]) if self.timed else None,
+        )
+
+    def _timing(self, heard: Sequence[tuple[Event, ...] | None]) -> Timing:
+        rows = [(row, event) for row, events in enumerate(heard) for event in events or ()]
+        return Timing(
+            known=torch.tensor([events is not None for events in heard]),
+            clips=torch.tensor([row for row, _ in rows], dtype=torch.int64),
+            classes=torch.tensor([self.names.index(event.label) for _, event in rows], dtype=torch.int64),
+            times=torch.tensor([(event.start, event.end) for _, event in rows]).reshape(-1, 2),
         )
 
 

@@ -260,19 +260,31 @@ class Wav2Vec2(nn.Module):
         """
         raise ValueError(
             "Wav2Vec2 must hear whole utterances, because every frame sees all the others, but a stream was asked for; "
-            "encode whole utterances with forward(), or stream a Conformer."
+            "transcribe whole recordings, without --stream and --chunk-ms, or stream a Conformer."
         )
 
-    def forward(self, features: Float[Tensor, "B T F"], lengths: Int[Tensor, "B"] | None = None) -> EncoderOutput:
+    def forward(
+        self,
+        features: Float[Tensor, "B T F"],
+        lengths: Int[Tensor, "B"] | None = None,
+        *,
+        context: Context | None = None,
+    ) -> EncoderOutput:
         """Encode whole utterances.
 
         Args:
             features: samples ``[B, N, 1]``; those past a length may hold anything, NaN included.
             lengths: real samples of each; all of them unless given.
+            context: of whole utterances, as every recogniser gives one.
 
         Raises:
-            ValueError: for features that are not samples.
+            ValueError: for features that are not samples, and a context that shows less than all.
         """
+        if context not in (None, Context(), Everything()):
+            raise ValueError(
+                f"Wav2Vec2 must hear whole utterances, because every frame sees all the others, but was to see "
+                f"{context}; leave the context out, in a training with context=whole."
+            )
         if features.shape[2] != 1:
             raise ValueError(
                 f"Wav2Vec2 must be given samples, [B, N, 1], but the features have {features.shape[2]} bands; choose "
@@ -280,14 +292,14 @@ class Wav2Vec2(nn.Module):
             )
         x, counts = self.convolutions(features[..., 0], lengths)
         x = self.widen(self.norm_in(x))
-        context: Context = Everything()
+        seen: Context = Everything()
         if counts is None:
             counts = torch.full((len(x),), x.shape[1], device=x.device)
         else:
-            x, context = keep_valid(x, counts), Context()
+            x, seen = keep_valid(x, counts), Context()
         x = x + self.positions(x)
         x = self.dropout(x if self.pre_norm else self.norm(x))
-        span = fresh_span(counts, context)
+        span = fresh_span(counts, seen)
         for block in self.blocks:
             x = block(x, span)
         return EncoderOutput(self.norm(x) if self.pre_norm else x, counts)

@@ -8,7 +8,7 @@ has no F1, NaN, and is left out of the macro average. (sed_eval counts it as fou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,37 @@ Recordings = Sequence[Sequence[Event]]
 
 @dataclass(frozen=True)
 class Found:
-    """Counts of each class over all recordings: what was found of what is there."""
+    """What was found of what is there.
+
+    Args:
+        labels: the names of the classes.
+        counts: of each recording and class: hits, how many there are, and how many were found.
+    """
 
     labels: tuple[str, ...]
-    hits: Int[np.ndarray, "C"]
-    there: Int[np.ndarray, "C"]
-    found: Int[np.ndarray, "C"]
+    counts: Int[np.ndarray, "R C 3"]
+
+    @property
+    def hits(self) -> Int[np.ndarray, "C"]:
+        """Of each class, over all recordings; so `there` and `found`."""
+        return self.counts[..., 0].sum(0)
+
+    @property
+    def there(self) -> Int[np.ndarray, "C"]:
+        return self.counts[..., 1].sum(0)
+
+    @property
+    def found(self) -> Int[np.ndarray, "C"]:
+        return self.counts[..., 2].sum(0)
+
+    def drawn(self, *, samples: int = 1000, seed: int = 0) -> Iterator[Found]:
+        """The sums of so many draws of as many recordings, with replacement: what `speechkit.metrics.inside` makes an
+        interval of."""
+        count, *shape = self.counts.shape
+        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+        # Counts are exact in float64, and numpy has no BLAS for matrices of integers.
+        sums = draws.astype(np.float64) @ self.counts.reshape(count, -1).astype(np.float64)
+        yield from (Found(self.labels, row.reshape(1, *shape)) for row in sums.astype(np.int64))
 
     @property
     def f1(self) -> Float[np.ndarray, "C"]:
@@ -125,11 +150,11 @@ def _summed(
     for recording in (*there, *found):
         for event in recording:
             _check(event, labels)
-    counts = np.zeros((len(labels), 3), dtype=np.int64)
-    for pair in zip(there, found, strict=True):
-        for row, label in enumerate(labels):
-            counts[row] += hits(*([event for event in side if event.label == label] for side in pair))
-    return Found(tuple(labels), *counts.T)
+    counts = np.zeros((len(there), len(labels), 3), dtype=np.int64)
+    for row, pair in enumerate(zip(there, found, strict=True)):
+        for label in {event.label for side in pair for event in side}:
+            counts[row, labels.index(label)] = hits(*([e for e in side if e.label == label] for side in pair))
+    return Found(tuple(labels), counts)
 
 
 def _check(event: Event, labels: Sequence[str]) -> None:

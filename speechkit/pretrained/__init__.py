@@ -1,8 +1,8 @@
 """Model folders: ``model.safetensors``, ``config.json`` (the config's ``model`` node) and a tokenizer's files.
 
 Nothing in them is code and nothing is unpickled, so a downloaded one is safe to load: `speechkit.config` builds only
-what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`,
-`passt`, `audiomae`, `wav2vec2`, and all others of transformers by `hf`.
+what its allow-list names. Models of other toolkits are read by one file each: `nemotron`, `ast`, `passt`, `audiomae`,
+`wav2vec2` with the `vocabulary` of its recognisers, and all others of transformers by `hf`.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def load(name: str | Path, *, weights: torch.dtype = torch.float32, local: bool 
 
     Args:
         name: what `save` wrote, or a run (whose model is in ``RUN/model``); what transformers wrote, here or on the hub
-            (``hf:owner/name``, see `speechkit.pretrained.hub`), for a tagger or an encoder; or a checkpoint of an
-            original repository. docs/pretrained.md lists them.
+            (``hf:owner/name``, see `speechkit.pretrained.hub`), for a tagger, a recogniser or an encoder; or a
+            checkpoint of an original repository. docs/pretrained.md lists them.
         local: take a model of the hub from the local cache.
         weights: ``torch.bfloat16`` or ``torch.int8`` streams faster on a CPU, see `speechkit.layers.shrink`.
 
@@ -128,6 +128,18 @@ def describe(name: str | Path) -> dict[str, Any]:
     """
     if _is_file(name):
         return _original(Path(name)).describe_original(Path(name), tensors_of(Path(name)))
+    config = model_node(name)
+    return {key: config.get(key) for key in ("features", "encoder")}
+
+
+def model_node(name: str | Path) -> dict[str, Any]:
+    """The ``model`` node of a folder, of ours, of transformers or of the hub: with it `save` writes what `load` gave.
+
+    Of an encoder alone it is the nodes ``features`` and ``encoder``.
+
+    Raises:
+        ValueError: where there is none, or it does not say which encoder it has.
+    """
     home = model_folder(name)
     config = _config(home)
     if source := _source(config):
@@ -139,7 +151,7 @@ def describe(name: str | Path) -> dict[str, Any]:
             f"{name} must say which encoder it has as speechkit's models do, but does not; choose the encoder "
             f"yourself with encoder=NAME."
         )
-    return {key: config.get(key) for key in ("features", "encoder")}
+    return config
 
 
 def of_images(path: str | Path) -> bool:
@@ -158,8 +170,9 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     if not isinstance(model, Recogniser):
         kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
         raise ValueError(
-            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; "
-            f"use it from Python with speechkit.load, or name a model that speechkit trained."
+            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; use it from Python with "
+            f"speechkit.load, or name a model that speechkit trained, or one of the wav2vec family (ForCTC) and its "
+            f"vocab.json."
         )
     return model
 

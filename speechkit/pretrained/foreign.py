@@ -1,7 +1,8 @@
 """What the sources of other people's models share: their configs put into our words, models built of those and filled.
 
-A source describes a model as the nodes of ours, `speechkit.config.Tagging` or its ``features`` and ``encoder`` alone,
-and says what its files call each tensor. So a fine-tuned copy is a model folder like any other.
+A source describes a model as the nodes of ours, `speechkit.config.Tagging`, `speechkit.config.Recognition`, or the
+``features`` and ``encoder`` of these alone, and says what its files call each tensor. So a fine-tuned copy is a model
+folder like any other.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from speechkit import config as configs
 from speechkit.pretrained.weights import CONFIG, read
+from speechkit.recogniser import Recogniser
 from speechkit.tagger import Tagger
 
-EXTRACTOR = "preprocessor_config.json"
+EXTRACTOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Node = dict[str, Any]
 Weights = Mapping[str, Tensor]
 
@@ -26,8 +28,8 @@ Weights = Mapping[str, Tensor]
 class Source(Protocol):
     """A file of this package: one architecture, or a family, as somebody else saves it in a folder.
 
-    ``WHAT`` says what a folder must describe. `describe` gives the nodes of a tagger where it holds one, else those of
-    features and encoder, and `fill` puts the weights into what was built of them.
+    ``WHAT`` says what a folder must describe. `describe` gives the nodes of a tagger or a recogniser where it holds
+    one, else those of features and encoder, and `fill` puts the weights into what was built of them.
     """
 
     WHAT: str
@@ -40,7 +42,7 @@ class Source(Protocol):
 
 
 def load(source: Source, folder: Path, config: Mapping[str, Any]) -> Any:
-    """The tagger or encoder of a folder.
+    """The tagger, recogniser or encoder of a folder.
 
     Raises:
         ValueError: where a config asks for what we have not, or the weights do not fit.
@@ -122,14 +124,16 @@ def exclusive(config: Mapping[str, Any]) -> bool:
 
 
 def extractor(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of its features, if it does."""
-    path = folder / EXTRACTOR
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a folder says of its features, if it does: alone, or as part of a processor, as transformers 5 writes it."""
+    if (alone := folder / EXTRACTOR).is_file():
+        return json.loads(alone.read_text(encoding="utf-8"))
+    whole = folder / PROCESSOR
+    return json.loads(whole.read_text(encoding="utf-8")).get("feature_extractor") if whole.is_file() else None
 
 
 def built(described: Node) -> Any:
-    """The tagger or the encoder that nodes describe, with weights that mean nothing yet."""
-    if "head" in described:
+    """The tagger, recogniser or encoder that nodes describe, with weights that mean nothing yet."""
+    if "head" in described or "objective" in described:
         return configs.build_model(described)
     return configs.build(described["encoder"], "model.encoder")
 
@@ -138,6 +142,8 @@ def parts(model: nn.Module) -> nn.ModuleDict:
     """What of a model has weights in a file of theirs: not the front end."""
     if isinstance(model, Tagger):
         return nn.ModuleDict({"encoder": model.encoder, "head": model.head})
+    if isinstance(model, Recogniser):
+        return nn.ModuleDict({"encoder": model.encoder, "objective": model.objective})
     return nn.ModuleDict({"encoder": model})
 
 

@@ -13,7 +13,8 @@ from speechkit.pretrained.weights import holds_weights
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "vocab.*", "tokenizer*", "merges.txt")
+TOKENIZERS = ("vocab.*", "tokenizer*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", *TOKENIZERS)
 
 
 def fetch(name: str, *, local: bool = False) -> Path:

@@ -1,7 +1,8 @@
 """wav2vec 2.0, HuBERT and WavLM as transformers saves them, for `speechkit.encoders.Wav2Vec2`.
 
-Of ``...ForSequenceClassification`` a tagger is read; of every other kind the encoder, and what pretraining or
-recognition had behind it is left out by name. What corresponds:
+Of ``...ForSequenceClassification`` a tagger is read; of ``...ForCTC`` with a ``vocab.json`` a recogniser, see
+`speechkit.pretrained.vocabulary`; of every other kind the encoder, and what pretraining or recognition had behind it is
+left out by name. What corresponds:
 
 * **Features** are samples, normalised by `UtteranceNorm` where ``do_normalize`` says so.
 * **Padding.** Ours is never heard. Their models with ``feat_extract_norm`` "group" hear it: batched they give other
@@ -23,9 +24,12 @@ from speechkit.encoders import Wav2Vec2
 from speechkit.encoders.wav2vec2 import Convolutions, Distances, GatedDistance
 from speechkit.features import FrontEnd, Samples, UtteranceNorm
 from speechkit.heads import Mean
-from speechkit.pretrained import foreign
+from speechkit.objectives import CTC
+from speechkit.pretrained import foreign, vocabulary
 from speechkit.pretrained.foreign import Node, Weights, factory, node
 from speechkit.pretrained.weights import fill as put_all
+from speechkit.recogniser import Recogniser
+from speechkit.search import Greedy
 
 MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 FIXED = {
@@ -35,7 +39,8 @@ FIXED = {
     "adapter_attn_dim": None,
     "conv_pos_batch_norm": False,
 }
-UNUSED = ("masked_spec_embed", "quantizer.", "project_q.", "project_hid.", "lm_head.")
+UNUSED = ("masked_spec_embed", "quantizer.", "project_q.", "project_hid.")
+OUTPUT = "lm_head."
 WHAT = "a wav2vec 2.0, HuBERT or WavLM model"
 HEARD = 30  # seconds at once
 
@@ -64,7 +69,7 @@ BLOCK = {
     "feed.3": "feed_forward.output_dense",
 }
 DISTANCES = "encoder.layers.0.attention.rel_attn_embed.weight"  # in the first layer, for all of them
-HEAD = {"linear.0": "projector", "linear.1": "classifier"}
+HEAD = {"head.linear.0": "projector", "head.linear.1": "classifier", "objective.head": "lm_head"}
 
 
 class Classifier(Mean):
@@ -86,9 +91,13 @@ def describes(config: Mapping[str, Any]) -> bool:
 
 
 def describe(folder: Path, config: Mapping[str, Any], weights: Weights) -> Node:
-    """The nodes of a model: a tagger's where it has a classifier, else features and encoder."""
+    """The nodes of a model: a tagger's or a recogniser's where it is one, else features and encoder."""
     found: Node = {"features": front_end(foreign.extractor(folder)), "encoder": _encoder(config)}
-    return found | (_head(config, found["features"], weights) if "projector.weight" in weights else {})
+    if "projector.weight" in weights:
+        return found | _head(config, found["features"], weights)
+    if f"{OUTPUT}weight" in weights and (folder / vocabulary.VOCABULARY).is_file():
+        return found | _output(folder, config, found["features"], weights)
+    return found
 
 
 def fill(model: Any, folder: Path, config: Mapping[str, Any], weights: Weights) -> None:
@@ -99,7 +108,11 @@ def fill(model: Any, folder: Path, config: Mapping[str, Any], weights: Weights) 
     """
     inside, parts = f"{config['model_type']}.", foreign.parts(model)
     renamed = dict(_renamed(name.removeprefix(inside), weight) for name, weight in weights.items())
-    kept = {name: weight for name, weight in renamed.items() if not name.startswith(UNUSED)}
+    unused = UNUSED if isinstance(model, Recogniser) else (*UNUSED, OUTPUT)
+    kept = {name: weight for name, weight in renamed.items() if not name.startswith(unused)}
+    if isinstance(model, Recogniser):
+        rows = vocabulary.read(folder, len(kept[f"{OUTPUT}weight"])).rows
+        kept |= {name: weight[rows] for name, weight in kept.items() if name.startswith(OUTPUT)}
     put_all(parts, kept, folder, foreign.names(parts, _modules(parts["encoder"])))
 
 
@@ -157,6 +170,16 @@ def _head(config: Mapping[str, Any], front: Node | None, weights: Weights) -> No
     }
 
 
+def _output(folder: Path, config: Mapping[str, Any], front: Node | None, weights: Weights) -> Node:
+    if front is None:
+        raise ValueError(f"{foreign.EXTRACTOR} must say what it hears, but is not there")
+    return {
+        "text": vocabulary.read(folder, len(weights[f"{OUTPUT}weight"])).text,
+        "objective": factory(CTC, dropout=config.get("final_dropout", 0.0)),
+        "search": factory(Greedy),
+    }
+
+
 def _modules(encoder: Any) -> dict[str, str]:
     """What their files call each module of ours, or tensor."""
     theirs = FRONT | WEIGHT_NORM
@@ -167,7 +190,7 @@ def _modules(encoder: Any) -> dict[str, str]:
         theirs |= {f"blocks.{n}.{name}": f"encoder.layers.{n}.{other}" for name, other in BLOCK.items()}
         theirs[f"blocks.{n}.attention.distances.table"] = DISTANCES
     ours = {f"encoder.{name}": other for name, other in theirs.items()}
-    return ours | {f"head.{name}": other for name, other in HEAD.items()}
+    return ours | HEAD
 
 
 def _renamed(name: str, weight: Tensor) -> tuple[str, Tensor]:

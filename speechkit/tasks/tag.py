@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -13,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speechkit import metrics
+from speechkit.stream import ceil_div, valid
 from speechkit.tagger import Tagger
 from speechkit.tasks.base import Optim, Parts, Task
-from speechkit.types import TagBatch
+from speechkit.types import EncoderOutput, Seconds, TagBatch, Timing
 
 Rows = Float[Tensor, "B *_"]
 
@@ -56,11 +58,31 @@ def mix(x: Rows, share: Float[Tensor, "B"], partner: Int[Tensor, "B"]) -> Rows:
     return share * x + (1 - share) * x[partner]
 
 
+def frame_targets(events: Timing, shape: Sequence[int], seconds: Seconds) -> Float[Tensor, "B U C"]:
+    """The share of each frame in which each class is heard.
+
+    Args:
+        shape: B, U and C.
+        seconds: how long a frame is.
+    """
+    clips, frames, classes = shape
+    begin = torch.arange(frames, device=events.times.device) * seconds
+    start, end = events.times[:, :1], events.times[:, 1:]
+    shares = ((torch.minimum(end, begin + seconds) - torch.maximum(start, begin)) / seconds).clamp(min=0)  # [E, U]
+    heard = torch.zeros(clips, classes, frames, device=shares.device)
+    heard = heard.index_put((events.clips, events.classes), shares, accumulate=True)
+    return heard.clamp(max=1).mT  # events of one class may overlap
+
+
 class Tag(Task):
     """Sound to labels: a `Tagger` learns from clips.
 
     The loss is cross-entropy where classes exclude each other and binary cross-entropy, the mean over classes, where
     they do not. Both take targets between 0 and 1, as mixup and label smoothing make them.
+
+    Where a clip says when its sounds are heard, each encoder frame has a loss of the same kind beside that of the clip:
+    its target is the share of the frame in which a class is heard. Where classes exclude each other, frames in which
+    none is heard have no target. ``loss`` is then ``clip + events * (what training reports as events)``.
 
     Args:
         model: what learns.
@@ -69,6 +91,7 @@ class Tag(Task):
         binary: binary cross-entropy also where classes exclude each other, as AST was trained on Speech Commands.
         label_smoothing: share of a target that is spread over all classes (or, for those that do not exclude each
             other, moved towards one half).
+        events: the weight of the loss of frames; 0 learns from clips alone.
     """
 
     def __init__(
@@ -80,10 +103,14 @@ class Tag(Task):
         spec_augment: Callable[[Tensor, Tensor], Tensor] | None = None,
         binary: bool = False,
         label_smoothing: float = 0.0,
+        events: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(model=model, optim=optim, seed=seed)
+        if not 0 <= events < math.inf:
+            raise ValueError(f"task.events must be a weight of 0 or more, but is {events}; 1 weighs frames as clips.")
         self.mixup, self.spec_augment, self.label_smoothing = mixup, spec_augment, label_smoothing
+        self.events = events
         self.exclusive = model.exclusive and not binary
 
     def losses(self, batch: TagBatch, dice: int) -> Parts:
@@ -99,13 +126,35 @@ class Tag(Task):
             frames = self.spec_augment(frames, counts)
         self._meter.frames += counts.sum()
         encoded = self.model.encoder(frames, None if self.model.filled else counts)
-        return self.model.head.learn(encoded, partial(self.loss, targets=mix(targets, share, partner)))
+        parts = self.model.head.learn(encoded, partial(self.loss, targets=mix(targets, share, partner)))
+        if batch.events is None or not self.events:
+            return parts
+        known = batch.events.known & (batch.events.known[partner] | (share == 1))
+        events = self._frame_loss(encoded, batch.events, torch.where(known, lengths, 0), share, partner)
+        return parts | {"loss": parts["loss"] + self.events * events, "clip": parts["loss"], "events": events}
 
-    def smooth(self, targets: Float[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-        even = 1 / targets.shape[1] if self.exclusive else 0.5
+    def _frame_loss(
+        self,
+        encoded: EncoderOutput,
+        events: Timing,
+        lengths: Int[Tensor, "B"],
+        share: Float[Tensor, "B"],
+        partner: Int[Tensor, "B"],
+    ) -> Float[Tensor, ""]:
+        """The loss of the frames of which it is known what is heard: those within ``lengths`` samples of each clip."""
+        logits, stride = self.model.head.frames(encoded), self.model.encoder.stride
+        heard = mix(frame_targets(events, logits.shape, self.model.seconds(stride)), share, partner)
+        counts = torch.minimum(encoded.lengths, ceil_div(lengths // self.model.features.hop, stride))
+        real = valid(counts, logits.shape[1]) & (encoded.frames != 0).any(-1)  # patchout leaves zeros
+        if self.exclusive:
+            real &= heard.sum(-1) > 0
+        return self.loss(logits[real].float(), self.smooth(heard[real])) if real.any() else logits.new_zeros(())
+
+    def smooth(self, targets: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
+        even = targets.sum(1, keepdim=True) / targets.shape[1] if self.exclusive else 0.5
         return (1 - self.label_smoothing) * targets + self.label_smoothing * even
 
-    def loss(self, logits: Float[Tensor, "B C"], targets: Float[Tensor, "B C"]) -> Float[Tensor, ""]:
+    def loss(self, logits: Float[Tensor, "N C"], targets: Float[Tensor, "N C"]) -> Float[Tensor, ""]:
         if self.exclusive:
             return F.cross_entropy(logits, targets)
         return F.binary_cross_entropy_with_logits(logits, targets)

@@ -77,6 +77,11 @@ class Peft(Tuning):
         every = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         arguments = {name: {field.name for field in fields(config) if field.init} for name, config in every.items()}
         known: dict[str, Any] = {k: config for k, config in every.items() if "target_modules" in arguments[k]}
+        if self.method == "adalora":
+            raise ValueError(
+                "tuning.method must be one that learns by gradients alone, but adalora also needs its ranks allotted "
+                "after each step, which no training here does; take method=lora, or hira."
+            )
         if self.method not in known:
             raise ValueError(
                 f"tuning.method must be one of peft's that change linear maps, in small letters, but is "
