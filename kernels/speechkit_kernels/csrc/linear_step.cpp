@@ -121,36 +121,15 @@ struct Linear : Around<most_rows, lanes> {
   }
 
   void run(int64_t first, int64_t count) const {
-    this->for_groups([&](const Group& group) { choose<most_rows>(group, first, count); });
+    this->for_groups([&](const Group& group) {
+      this->with_rows(group, [&](auto rows) { tiles<rows.value>(group, first, count); });
+    });
   }
-
-  template <int64_t Rows>
-  void choose(const Group& group, int64_t first, int64_t count) const {
-    if constexpr (Rows > 1)
-      if (group.rows < Rows) return choose<Rows - 1>(group, first, count);
-    tiles<Rows>(group, first, count);
-  }
-
 };
-
-template <class T>
-LinearStepKernel kernel() {
-  return {panel, lanes, [](const LinearStep& l) { Linear<T>{l}.lay(); },
-          [](const LinearStep& l, int64_t first, int64_t count) { Linear<T>{l}.run(first, count); }};
-}
 
 }  // namespace
 
-LinearStepKernel linear_step_kernel(Weight type) {
-  switch (type) {
-    case Weight::bfloat16:
-      return kernel<BFloat16>();
-    case Weight::int8:
-      return kernel<int8_t>();
-    default:
-      return kernel<float>();
-  }
-}
+LinearStepKernel linear_step_kernel(Weight type) { return kernel<Linear>(type, panel, lanes); }
 
 }  // namespace SPEECHKIT_ISA
 }  // namespace speechkit

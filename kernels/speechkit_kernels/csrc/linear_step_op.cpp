@@ -37,7 +37,7 @@ Weight kind(const Tensor& weight) {
   }
 }
 
-// Numbers of a row of the result, and of x. What the last panel of a packed weight has of them the bias alone tells.
+// Numbers of a row of the result, and of x. Where the last panel of a packed weight ends the bias alone tells.
 std::pair<int64_t, int64_t> sizes(const Tensor& weight, const MaybeTensor& bias) {
   if (weight.dim() != 3) {
     arguments.shape("weight", weight, {-1, -1});
@@ -46,8 +46,8 @@ std::pair<int64_t, int64_t> sizes(const Tensor& weight, const MaybeTensor& bias)
   arguments.shape("weight", weight, {-1, -1, columns});
   const int64_t all = weight.size(0) * columns, N = bias && bias->dim() == 1 ? bias->size(0) : all;
   if (N > all || N + columns <= all)
-    refuse("linear_step: bias must have ", all - columns + 1, " to ", all, " numbers with a packed weight of the shape ",
-           shape_text(weight.sizes()), ", or be None, but has ", N, ".");
+    refuse("linear_step: bias must have ", all - columns + 1, " to ", all,
+           " numbers with a packed weight of the shape ", shape_text(weight.sizes()), ", or be None, but has ", N, ".");
   return {N, weight.size(1)};
 }
 

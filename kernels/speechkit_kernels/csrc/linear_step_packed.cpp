@@ -3,8 +3,8 @@
 // The results of 16 rows of the weight lie in the lanes of a vector, and a number of x is spread over them: so nothing
 // is folded at the end, and as many rows of x share a weight as sums fit into the registers.
 //
-// An element of the result is the sum of its runs over K, each in ascending order: so a row's result is equal bit for bit alone and among
-// others, wherever it stands, on any number of threads.
+// An element of the result is a sum of runs over K, and each of these one of products, in ascending order: so a row's
+// result is equal bit for bit alone and among others, wherever it stands, on any number of threads.
 #include "linear_step_simd.h"
 
 namespace speechkit {
@@ -28,8 +28,8 @@ constexpr bool fits(int64_t rows, int64_t panels) {
 constexpr int64_t most_rows = lanes == 16 ? 14 : lanes == 8 ? 6 : 3;  // of two vectors, or one panel
 constexpr int64_t tile_panels(int64_t rows) { return fits(rows, 8) ? 8 : fits(rows, 4) ? 4 : fits(rows, 2) ? 2 : 1; }
 
-// sum + x * w. AVX-512 spreads a number over a vector on its way from memory into the product, for nothing; compilers
-// spread it into a register once, which takes a unit from the products: on Zen 4 a tenth of the time where w is widened.
+// sum + x * w. AVX-512 spreads a number over a vector on its way from memory into the product, for nothing. Compilers
+// spread it into a register first, which takes a unit from the products: on Zen 4 a tenth of the time if w is widened.
 inline Floats plus_product(Floats sum, const float& x, Floats w) {
 #if defined(__AVX512F__)
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(x));
@@ -44,16 +44,16 @@ struct Linear : Around<most_rows, most_run> {
   using Around<most_rows, most_run>::l;
 
   // `Rows` rows of x with the `present` panels at `weight`, of which there is at least one. While one run is summed the
-  // next is fetched into second-level cache; behind the last that is where `following` panels begin, if there are any.
+  // next is fetched into second-level cache, after the last one that of the next panels if there are `more`.
   template <int64_t Rows>
-  void tile(const float* x, const T* weight, int64_t present, int64_t following, float* to) const {
+  void tile(const float* x, const T* weight, int64_t present, bool more, float* to) const {
     constexpr int64_t panels = tile_panels(Rows), wide = panels * vectors;
     const T* at[panels];
     for (int64_t p = 0; p < panels; ++p) at[p] = weight + (p < present ? p : present - 1) * l.K * columns;
     const int64_t run = this->length();
     int64_t k = 0;
     do {
-      const int64_t left = l.K - k, next = left > run ? run : following ? panels * l.K - k : 0;
+      const int64_t left = l.K - k, next = left > run ? run : more ? panels * l.K - k : 0;
       Floats sums[Rows][wide] = {};
       part<Rows>(x, at, left < run ? left : run, next * columns, sums);
       UNROLL for (int64_t i = 0; i < Rows; ++i)
@@ -69,7 +69,8 @@ struct Linear : Around<most_rows, most_run> {
 
   // Of `count` rows of the panels `at`; meanwhile what lies `ahead` is fetched.
   template <int64_t Rows, int64_t panels, int64_t wide>
-  void part(const float* x, const T* const (&at)[panels], int64_t count, int64_t ahead, Floats (&sums)[Rows][wide]) const {
+  void part(const float* x, const T* const (&at)[panels], int64_t count, int64_t ahead,
+            Floats (&sums)[Rows][wide]) const {
     constexpr int64_t line = 64 / (columns * sizeof(T));  // rows of a panel in a cache line
     const auto add = [&](int64_t k) {
       Floats w[wide];
@@ -99,36 +100,18 @@ struct Linear : Around<most_rows, most_run> {
     }
   }
 
-  template <int64_t Rows>
-  void choose(const Group& group, int64_t first, int64_t count) const {
-    if constexpr (Rows > 1)
-      if (group.rows < Rows) return choose<Rows - 1>(group, first, count);
-    tiles<Rows>(group, first, count);
-  }
-
   void run(int64_t first, int64_t count) const {
-    this->for_groups([&](const Group& group) { choose<most_rows>(group, first, count); });
+    this->for_groups([&](const Group& group) {
+      this->with_rows(group, [&](auto rows) { tiles<rows.value>(group, first, count); });
+    });
   }
 };
 
-// More groups of rows than one go through two panels each time, which a cache keeps for the next.
-template <class T>
-LinearStepKernel kernel(int64_t rows) {
-  return {columns * (rows > most_rows ? 2 : tile_panels(rows)), most_run, [](const LinearStep& l) { Linear<T>{l}.lay(); },
-          [](const LinearStep& l, int64_t first, int64_t count) { Linear<T>{l}.run(first, count); }};
-}
-
 }  // namespace
 
+// More groups of rows than one go through two panels each time, which a cache keeps for the next.
 LinearStepKernel linear_step_packed_kernel(Weight type, int64_t rows) {
-  switch (type) {
-    case Weight::bfloat16:
-      return kernel<BFloat16>(rows);
-    case Weight::int8:
-      return kernel<int8_t>(rows);
-    default:
-      return kernel<float>(rows);
-  }
+  return kernel<Linear>(type, columns * (rows > most_rows ? 2 : tile_panels(rows)), most_run);
 }
 
 }  // namespace SPEECHKIT_ISA

@@ -1,5 +1,5 @@
-// What the two kernels of linear_step have in common, whatever their weight looks like: numbers of the weight as floats,
-// and what happens to x on its way in and to the result on its way out.
+// What both kernels of linear_step have in common: numbers of the weight as floats, and what happens to x on its way in
+// and to the result on its way out.
 #pragma once
 
 #include "linear_step.h"
@@ -39,8 +39,13 @@ struct Group {
   int64_t turn, turns;
 };
 
-// What is around the product of a kernel that takes up to `most_rows` rows of x at once, and of each in turn a run of its
-// numbers: whole vectors, `most_run` numbers or less, so that runs are about equally long.
+template <int64_t N>
+struct Constant {
+  static constexpr int64_t value = N;
+};
+
+// What is around the product of a kernel that takes up to `most_rows` rows of x at once, and of each in turn a run of
+// its numbers: whole vectors, `most_run` numbers or less, so that runs are about equally long.
 template <int64_t most_rows, int64_t most_run>
 struct Around {
   const LinearStep& l;
@@ -53,6 +58,14 @@ struct Around {
       const int64_t row = i * l.M / groups;
       what(Group{row, (i + 1) * l.M / groups - row, i, groups});
     }
+  }
+
+  // Calls `what` with how many rows a group has, as a constant.
+  template <int64_t Rows = most_rows, class Do>
+  static void with_rows(const Group& group, Do what) {
+    if constexpr (Rows > 1)
+      if (group.rows < Rows) return with_rows<Rows - 1>(group, what);
+    what(Constant<Rows>());
   }
 
   int64_t runs() const { return (l.K - 1) / most_run + 1; }
@@ -106,6 +119,24 @@ struct Around {
     store(l.out + row * l.N + column, y, n);
   }
 };
+
+template <class Linear>
+LinearStepKernel kernel(int64_t stretch, int64_t spare) {
+  return {stretch, spare, [](const LinearStep& l) { Linear{l}.lay(); },
+          [](const LinearStep& l, int64_t first, int64_t count) { Linear{l}.run(first, count); }};
+}
+
+template <template <class> class Linear>
+LinearStepKernel kernel(Weight type, int64_t stretch, int64_t spare) {
+  switch (type) {
+    case Weight::bfloat16:
+      return kernel<Linear<BFloat16>>(stretch, spare);
+    case Weight::int8:
+      return kernel<Linear<int8_t>>(stretch, spare);
+    default:
+      return kernel<Linear<float>>(stretch, spare);
+  }
+}
 
 }  // namespace SPEECHKIT_ISA
 }  // namespace speechkit
