@@ -201,19 +201,35 @@ def _fuse(graph: fx.Graph, changed: set[fx.Node]) -> None:
 
 def _pack(module: fx.GraphModule, changed: set[fx.Node], constants: dict[str, Tensor], packed: Packed) -> None:
     """Linear maps read a packed weight where theirs is a constant that fills panels or whose bias tells how far."""
-    for node in [node for node in module.graph.nodes if str(node.target) == LINEAR and _pure(node, changed)]:
-        x, source, bias = node.args[:3]
-        weight = constants.get(str(source.target)) if isinstance(source, fx.Node) else None
-        if weight is None or weight.dim() != 2 or len(weight) < LEAST or (bias is None and len(weight) % PANEL):
-            continue
-        place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-        if place not in packed:
-            packed[place] = weight, torch.ops.speechkit.linear_pack(weight)
-        name = f"packed_{source.target}"
-        constants[name] = packed[place][1]
+    maps = {}
+    for node in module.graph.nodes:
+        if str(node.target) == LINEAR and _pure(node, changed):
+            _, source, bias = node.args[:3]
+            assert isinstance(source, fx.Node)
+            weight = constants.get(str(source.target))
+            if weight is not None and weight.dim() == 2 and len(weight) >= LEAST and (bias or len(weight) % PANEL == 0):
+                maps[node] = weight
+    _pack_all(list(maps.values()), packed)
+    for node, weight in maps.items():
+        name = f"packed_{node.args[1]}"
+        constants[name] = packed[_place(weight)][1]
         module.register_buffer(name, constants[name])
         with module.graph.inserting_before(node):
-            node.args = (x, module.graph.get_attr(name), bias)
+            node.args = (node.args[0], module.graph.get_attr(name), *node.args[2:])
+
+
+def _pack_all(weights: list[Tensor], packed: Packed) -> None:
+    """One behind the other, as they are read: at the end of one its kernel fetches the beginning of the next."""
+    new = {_place(weight): weight for weight in weights if _place(weight) not in packed}
+    packs = [torch.ops.speechkit.linear_pack(weight) for weight in new.values()]
+    if packs:
+        pieces = torch.cat([pack.flatten().view(torch.uint8) for pack in packs]).split([pack.nbytes for pack in packs])
+        for (place, weight), pack, piece in zip(new.items(), packs, pieces, strict=True):
+            packed[place] = weight, piece.view(pack.dtype).view(pack.shape)
+
+
+def _place(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
 def _sole(node: fx.Node) -> fx.Node | None:

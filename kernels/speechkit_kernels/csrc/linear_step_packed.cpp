@@ -44,16 +44,17 @@ struct Linear : Around<most_rows, most_run> {
   using Around<most_rows, most_run>::l;
 
   // `Rows` rows of x with the `present` panels at `weight`, of which there is at least one. While one run is summed the
-  // next is fetched into second-level cache, after the last one that of the next panels if there are `more`.
+  // next is fetched into second-level cache; after the last one that of the next panels, or of the weight that lies
+  // behind this one: who packs many lays them in the order in which they are read.
   template <int64_t Rows>
-  void tile(const float* x, const T* weight, int64_t present, bool more, float* to) const {
+  void tile(const float* x, const T* weight, int64_t present, float* to) const {
     constexpr int64_t panels = tile_panels(Rows), wide = panels * vectors;
     const T* at[panels];
     for (int64_t p = 0; p < panels; ++p) at[p] = weight + (p < present ? p : present - 1) * l.K * columns;
     const int64_t run = this->length();
     int64_t k = 0;
     do {
-      const int64_t left = l.K - k, next = left > run ? run : more ? panels * l.K - k : 0;
+      const int64_t left = l.K - k, next = left > run ? run : panels * l.K - k;
       Floats sums[Rows][wide] = {};
       part<Rows>(x, at, left < run ? left : run, next * columns, sums);
       UNROLL for (int64_t i = 0; i < Rows; ++i)
@@ -93,7 +94,7 @@ struct Linear : Around<most_rows, most_run> {
     for (int64_t j = first; j < first + count; j += wide) {
       const int64_t left = first + count - j;
       tile<Rows>(this->rows(group), static_cast<const T*>(l.weight) + j * l.K, (left + columns - 1) / columns,
-                 l.N - j > wide, sums);
+                 sums);
       for (int64_t i = 0; i < Rows; ++i)
         for (int64_t v = 0; v < wide && v < left; v += lanes)
           this->finish(group.row + i, j + v, static_cast<int>(left - v), sums + i * wide + v);
