@@ -180,7 +180,8 @@ class Session:
         """Find out now what a step consists of, a second or so for each number of streams. Before the first stream.
 
         On a CPU steps of up to ``most`` streams are traced, see `speechkit.traced.Traced`; without it every step walks
-        through the modules of the model, which takes some milliseconds more. On a GPU all become CUDA graphs, see
+        through the modules of the model, which takes some milliseconds more. The weights of linear maps are then held
+        a second time, packed, for all numbers of streams together. On a GPU all become CUDA graphs, see
         `speechkit.graphs.Graphs`.
         """
         rows, silence = self._rows, torch.zeros(self.chunk, device=self.recogniser.device)

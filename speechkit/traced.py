@@ -3,7 +3,7 @@
 A step consists of hundreds of small operators, and Python needs longer to arrive at them, through modules and their
 attributes, than most of them run. `Traced` lets it walk that way once for each shape of call, writes down which
 operators came, and from then on calls those. On its way it joins what fits into one `linear_step`: the norm before a
-linear map, the SiLU or the residual sum behind it.
+linear map, the SiLU or the residual sum behind it; and packs its weight as that is read fastest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from speechkit.stream import Context, State, clone_state, leaves, with_leaves
 Stream = Callable[..., tuple[Any, State]]
 aten = torch.ops.aten
 LINEAR = "speechkit.linear_step.default"
+PANEL, LEAST = 16, 64  # rows of a weight: of a panel when packed; with fewer than these, few frames leave a tile empty
+
+Packed = dict[tuple, tuple[Tensor, Tensor]]  # by where a weight lies: itself, which keeps that place taken, and packed
 
 
 class Traced:
@@ -34,12 +37,14 @@ class Traced:
 
     The first call with a shape takes a second or so and keeps what it found; `know` does that before a stream begins.
     Lengths, pauses, joins and leaves are values, not shapes. Only for inference, and with the weights as they were:
-    those that were combined with others, as in a folded batch norm, are not read again.
+    what was combined with others, as in a folded batch norm, is not read again, nor are the weights of linear maps.
+    Those are packed, once for all shapes, so their memory is taken a second time.
     """
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self._known: dict[tuple, Callable] = {}
+        self._packed: Packed = {}
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, lengths: Tensor, state: State, *, context: Context) -> tuple[Any, State]:
@@ -61,7 +66,7 @@ class Traced:
             made.append(type(encoded))
             return (*encoded, *leaves(after))
 
-        run = trace(flat, x, lengths, *leaves(state))
+        run = trace(flat, x, lengths, *leaves(state), packed=self._packed)
         output = made[0]
 
         def step(x: Tensor, lengths: Tensor, state: State) -> tuple[Any, State]:
@@ -72,10 +77,14 @@ class Traced:
         return step
 
 
-def trace(function: Callable[..., tuple], *example: Tensor | None) -> Callable[..., tuple]:
+def trace(
+    function: Callable[..., tuple], *example: Tensor | None, packed: Packed | None = None
+) -> Callable[..., tuple]:
     """The operators that ``function`` calls on tensors like these, as one function of such tensors.
 
-    ``example`` is used up: what the function changes in place is changed in it.
+    Args:
+        example: is used up: what the function changes in place is changed in it.
+        packed: weights of linear maps that other traces packed; what this one packs is added.
 
     Raises:
         RuntimeError: where what the function does depends on a value inside a tensor.
@@ -86,11 +95,13 @@ def trace(function: Callable[..., tuple], *example: Tensor | None) -> Callable[.
     constants = _fold(module, changed)
     _share(graph, changed)
     _fuse(graph, changed)
+    _pack(module, changed, constants, {} if packed is None else packed)
     graph.eliminate_dead_code()
     code = graph.python_code("self")
     names: dict[str, Any] = dict(code.globals)
     exec(code.src, names)
-    forward, held = names["forward"], SimpleNamespace(**constants)
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    forward, held = names["forward"], SimpleNamespace(**{name: constants[name] for name in used})
     return lambda *given: forward(held, *given)
 
 
@@ -186,6 +197,39 @@ def _fuse(graph: fx.Graph, changed: set[fx.Node]) -> None:
             graph.erase_node(after)
             graph.erase_node(node)
             node = node_after
+
+
+def _pack(module: fx.GraphModule, changed: set[fx.Node], constants: dict[str, Tensor], packed: Packed) -> None:
+    """Linear maps read a packed weight where theirs is a constant that fills panels or whose bias tells how far."""
+    maps = {}
+    for node in module.graph.nodes:
+        if str(node.target) == LINEAR and _pure(node, changed):
+            _, source, bias = node.args[:3]
+            assert isinstance(source, fx.Node)
+            weight = constants.get(str(source.target))
+            if weight is not None and weight.dim() == 2 and len(weight) >= LEAST and (bias or len(weight) % PANEL == 0):
+                maps[node] = weight
+    _pack_all(list(maps.values()), packed)
+    for node, weight in maps.items():
+        name = f"packed_{node.args[1]}"
+        constants[name] = packed[_place(weight)][1]
+        module.register_buffer(name, constants[name])
+        with module.graph.inserting_before(node):
+            node.args = (node.args[0], module.graph.get_attr(name), *node.args[2:])
+
+
+def _pack_all(weights: list[Tensor], packed: Packed) -> None:
+    """One behind the other, as they are read: at the end of one its kernel fetches the beginning of the next."""
+    new = {_place(weight): weight for weight in weights if _place(weight) not in packed}
+    packs = [torch.ops.speechkit.linear_pack(weight) for weight in new.values()]
+    if packs:
+        pieces = torch.cat([pack.flatten().view(torch.uint8) for pack in packs]).split([pack.nbytes for pack in packs])
+        for (place, weight), pack, piece in zip(new.items(), packs, pieces, strict=True):
+            packed[place] = weight, piece.view(pack.dtype).view(pack.shape)
+
+
+def _place(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
 def _sole(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,12 @@ from test_contract import tiny as tiny_encoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechkit import kernels
+from speechkit.layers import Linear, shrink
 from speechkit.stream import Context, State, clone_state, leaves
 from speechkit.testing import verify_stream
 from speechkit.traced import Traced, trace
+from speechkit.types import EncoderOutput
 
 CONTEXT = Context(left=8, chunk=4)
 
@@ -180,3 +184,80 @@ def test_what_stands_around_a_linear_map_is_taken_where_it_fits_and_else_left(na
         torch.testing.assert_close(found, expected)
     others = {call for call in count.calls if call != "speechkit::linear_step"}
     assert not others if name in TAKEN else others
+
+
+class Weights(TorchDispatchMode):
+    """The dimensions of each linear map's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dims: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "speechkit::linear_step":
+            self.dims.append(args[1].dim())
+        return func(*args, **(kwargs or {}))
+
+
+def mapped(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    return (torch.ops.speechkit.linear_step(x, weight, bias),)
+
+
+WEIGHT, BIAS = torch.randn(70, 12, generator=torch.Generator().manual_seed(0)), torch.arange(70.0)
+PACKED = {
+    "with a bias": lambda x: mapped(x, WEIGHT, BIAS),
+    "that fills panels": lambda x: mapped(x, WEIGHT[:64], None),
+    "made of others": lambda x: mapped(x, torch.cat([WEIGHT, WEIGHT]) * 2, torch.cat([BIAS, BIAS])),
+}
+UNPACKED = {
+    "that nothing says the end of": lambda x: mapped(x, WEIGHT, None),
+    "of few rows": lambda x: mapped(x, WEIGHT[:32], None),
+    "that depends on x": lambda x: mapped(x, WEIGHT * x[0, 0, 0], BIAS),
+    "that is written": lambda x: mapped(x, WEIGHT.clone().add_(x[0, 0, 0]), BIAS),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [*PACKED, *UNPACKED])
+def test_a_weight_is_packed_where_it_is_constant_and_its_end_is_known(name: str) -> None:
+    speechkit_kernels.ready()
+    function = (PACKED | UNPACKED)[name]
+    run = trace(function, torch.randn(2, 3, 12))
+    x = torch.randn(2, 3, 12)
+    with Weights() as weights:
+        out = run(x)
+    torch.testing.assert_close(out, function(x))
+    assert weights.dims == [3 if name in PACKED else 2]
+
+
+def held() -> int:
+    """Bytes of all tensors there are."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_weights_are_packed_once_for_all_shapes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    map = Linear(256, 1024)
+    if dtype != torch.float32:
+        shrink(map, dtype)
+    if not kernels.serves("linear_step", torch.zeros(1)):
+        pytest.skip(kernels.explain())
+
+    def stream(x: Tensor, lengths: Tensor, state: State, *, context: Context) -> tuple[Any, State]:
+        return EncoderOutput(map(x), lengths), state
+
+    step, before, size = Traced(stream), held(), map.weight.nbytes
+    growth = []
+    for batch in (1, 2, 3, 8):
+        x, lengths = torch.randn(batch, 4, 256), torch.full((batch,), 4)
+        with Weights() as weights:
+            out, _ = step(x, lengths, (), context=CONTEXT)
+        assert weights.dims[-1] == 3
+        torch.testing.assert_close(out.frames, map(x))
+        del x, out
+        growth.append(held() - before)
+    assert size <= growth[0] < 1.1 * size and growth[-1] < 1.2 * size

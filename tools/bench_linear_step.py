@@ -1,13 +1,14 @@
-"""A few rows through a linear map: the operator, its weight in three formats, against what PyTorch has.
+"""A few rows through a linear map: the operator, its weight in three formats, packed and not, against PyTorch's.
 
     python tools/bench_linear_step.py [--from memory] [--rows 1 8 32] [--shapes 512x2048] [--threads 1] [--rounds 16]
 
 Each row of the table is one number of rows of x; a shape is K x N. The candidates take turns within a round, so what
 else the machine does falls on all of them; their outputs are compared first. From memory, every candidate goes through
-so many copies of the weight that they do not fit the cache together; from the cache, it has one. Times are microseconds
-of a call: median (lower quartile - upper quartile), then 10^9 bytes of the weight a second. Ratios are of medians:
-float32 by PyTorch against ours in float32, bfloat16 and int8. "read" is a sum over as much memory as the weight takes
-in float32: how fast PyTorch can read, and no more.
+so many copies of the weight that they do not fit the cache together, packed ones lying one behind the other as in a
+traced step; from the cache, it has one. Times are microseconds of a call: median (lower quartile -
+upper quartile), then 10^9 bytes of the weight a second. Ratios are of medians, in float32, bfloat16 and int8 each:
+float32 by PyTorch against ours packed, then ours against ours packed. "read" is a sum over as much memory as the weight
+takes in float32: how fast PyTorch can read, and no more.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 import speechkit_kernels
 import torch
 import torch.nn.functional as F
+from speechkit_kernels.plain import linear_pack
 from torch import Tensor
 
-SHAPES = ("256x1024", "1024x256", "512x2048", "2048x512", "1024x4096")
-ROWS = (1, 2, 4, 7, 8, 14, 16, 32, 56, 112)
+SHAPES = ("256x256", "256x1024", "1024x256", "512x512", "512x2048", "2048x512", "1024x4096")
+ROWS = (1, 2, 4, 7, 14, 28, 56, 112)
 COPIED = 136 << 20  # bytes of the copies of a weight: several times a cache
 CALLS = 4  # in a round
+KINDS = ("", " bf16", " int8")
 Call = Callable[[Any], Tensor]  # a copy of the weight -> [M, N]
 
 
@@ -49,7 +52,8 @@ def main() -> None:
         for M in arguments.rows:
             times = measure(candidates(torch.randn(M, K)), copies, arguments.rounds)
             middle = {name: statistics.median(own) for name, own in times.items()}
-            ratios = [middle["F.linear"] / middle[name] for name in ("ours", "ours bf16", "ours int8")]
+            pairs = [("F.linear", f"packed{kind}") for kind in KINDS] + [(f"ours{k}", f"packed{k}") for k in KINDS]
+            ratios = [middle[other] / middle[own] for other, own in pairs]
             cells = [f"{cell(own, K * N * size_of(name)):>27}" for name, own in times.items()]
             print(f"{M:>9}" + "".join(cells) + "   " + " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
 
@@ -74,20 +78,30 @@ def make_copies(K: int, N: int, least: int) -> dict[str, list[Any]]:
         "ours": weight.clone,
         "ours bf16": weight.bfloat16,
         "ours int8": lambda: (int8.clone(), scale),
+        "packed": lambda: linear_pack(weight),
+        "packed bf16": lambda: linear_pack(weight.bfloat16()),
+        "packed int8": lambda: linear_pack(int8),
     }
-    return {name: [one() for _ in range(max(1, least // (K * N * size_of(name))))] for name, one in make.items()}
+    copies = {name: [one() for _ in range(max(1, least // (K * N * size_of(name))))] for name, one in make.items()}
+    for name in ("packed", "packed bf16", "packed int8"):
+        copies[name] = list(torch.stack(copies[name]))
+    copies["packed int8"] = [(one, scale) for one in copies["packed int8"]]
+    return copies
 
 
 def candidates(x: Tensor) -> dict[str, Call]:
     low, step = x.bfloat16(), torch.ops.speechkit.linear_step
+    ours: dict[str, Call] = {
+        "": lambda w: step(x, w, None),
+        " bf16": lambda w: step(x, w, None),
+        " int8": lambda w: step(x, w[0], None, scale=w[1]),
+    }
     return {
         "read": lambda w: w.sum(),
         "F.linear": lambda w: F.linear(x, w),
         "F.linear bf16": lambda w: F.linear(low, w),
         "dynamic int8": lambda w: torch.ops.quantized.linear_dynamic(x, w),
-        "ours": lambda w: step(x, w, None),
-        "ours bf16": lambda w: step(x, w, None),
-        "ours int8": lambda w: step(x, w[0], None, scale=w[1]),
+        **{form + kind: call for form in ("ours", "packed") for kind, call in ours.items()},
     }
 
 
@@ -97,7 +111,7 @@ def measure(calls: dict[str, Call], copies: dict[str, list[Any]], rounds: int) -
     expected = calls["F.linear"](copies["F.linear"][0])
     for name in list(calls)[2:]:
         worst = float((calls[name](copies[name][0]).float() - expected).abs().max())
-        allowed = 1e-4 if name == "ours" else 0.2
+        allowed = 1e-4 if name in ("ours", "packed") else 0.2
         assert worst < allowed, f"the candidates must agree, but {name} differs by {worst:.2g}"
     turns = {name: itertools.cycle(copies[name]) for name in calls}
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -74,7 +74,7 @@ UNITS = (
     Unit("stream_attn_op.cpp"),
     *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("linear_step_op.cpp"),
-    *(Unit("linear_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    *(Unit(f"linear_step{form}.cpp", isa, flags) for form in ("", "_packed") for isa, flags in ISAS.items()),
     Unit("subsample_step_op.cpp"),
     *(Unit("subsample_step.cpp", isa, flags) for isa, flags in ISAS.items()),
     Unit("gpu.cpp"),

@@ -4,6 +4,7 @@
     speechkit::conv_step     gate, causal depthwise convolution over remembered frames, norm, SiLU
     speechkit::linear_step   linear map of a few frames, its weight in float32, bfloat16 or int8, with what often
                              stands around it: layer norm before, SiLU behind, and the sum of a residual connection
+    speechkit::linear_pack   the weight of linear_step as compiled kernels read it fastest
     speechkit::subsample_step
                              convolution of 3x3 with stride 2 over remembered and new frames, of one channel to many or
                              of each to itself, with ReLU if asked
@@ -37,6 +38,9 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(_name, getattr(plain, _name), "CompositeExplicitAutograd")
 
+LIBRARY.define("linear_pack(Tensor weight) -> Tensor")
+LIBRARY.impl("linear_pack", plain.linear_pack, "CompositeImplicitAutograd")
+
 
 @torch.library.register_fake("speechkit::stream_attn", lib=LIBRARY)
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> Tensor:
@@ -49,8 +53,8 @@ def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
 
 
 @torch.library.register_fake("speechkit::linear_step", lib=LIBRARY)
-def _(x: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, **options: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], plain.linear_outputs(weight, bias))
 
 
 @torch.library.register_fake("speechkit::subsample_step", lib=LIBRARY)

@@ -174,7 +174,9 @@ def linear_step(
 
     Args:
         x: ``[..., K]``, float32, strided in any way.
-        weight: ``[N, K]``, the numbers of a row side by side: float32, bfloat16, or int8, which `scale` multiplies.
+        weight: ``[N, K]``, the numbers of a row side by side: float32, bfloat16, or int8, which `scale` multiplies. Or
+            such a weight as `linear_pack` lays it out, ``[P, K, 16]``: N is then the length of ``bias``, and 16 P
+            where there is none.
         bias, scale: ``[N]`` float32; a scale comes with int8 and with nothing else.
         silu: act is SiLU; nothing unless given.
         norm_weight, norm_bias, eps: layer norm of x over its K numbers, ``[K]`` float32; no norm unless given.
@@ -185,12 +187,54 @@ def linear_step(
         ``[..., N]``, float32.
     """
     check_linear(x, weight, bias, scale, norm_weight, norm_bias, add)
+    if weight.dim() == 3:
+        weight = linear_unpack(weight, linear_outputs(weight, bias))
     if norm_weight is not None:
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     wide = weight.to(x.dtype)
     y = F.linear(x, wide if scale is None else wide * scale[:, None], bias)
     y = (F.silu(y) if silu else y) * factor
     return y if add is None else add + y
+
+
+COLUMNS = 16
+"""Rows of a weight that a panel of a packed one holds."""
+
+
+def linear_pack(weight: Tensor) -> Tensor:
+    """The weight of `linear_step` as compiled kernels read it fastest; for whoever calls with the same one many times.
+
+    Numbers of 16 rows lie side by side, so that 16 results are summed in the lanes of a vector and nothing is added up
+    across lanes. Rows of zeros fill the last panel.
+
+    Args:
+        weight: ``[N, K]``, of any type.
+
+    Returns:
+        ``[P, K, 16]`` with P = N / 16 rounded up; ``[p, k, n]`` is ``weight[16 p + n, k]``.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"linear_pack: weight must be [any, any], but has the shape {list(weight.shape)}.")
+    N, K = weight.shape
+    panels = -(-N // COLUMNS)
+    filled = F.pad(weight, (0, 0, 0, panels * COLUMNS - N))
+    return filled.reshape(panels, COLUMNS, K).transpose(1, 2).contiguous()
+
+
+def linear_unpack(weight: Tensor, rows: int) -> Tensor:
+    """The first ``rows`` rows of what `linear_pack` was given, ``[rows, K]``."""
+    panels, K, _ = weight.shape
+    return weight.transpose(1, 2).reshape(panels * COLUMNS, K)[:rows]
+
+
+def linear_outputs(weight: Tensor, bias: Tensor | None) -> int:
+    """Numbers of a row of the result of `linear_step`."""
+    if weight.dim() == 2:
+        return weight.shape[0]
+    return weight.shape[0] * COLUMNS if bias is None else bias.numel()
 
 
 def subsample_step(
@@ -346,9 +390,16 @@ def check_linear(
     add: Tensor | None,
 ) -> None:
     """As `check_attention`."""
-    if weight.dim() != 2:
-        raise ValueError(f"linear_step: weight must be [any, any], but has the shape {list(weight.shape)}.")
-    N, K = weight.shape
+    packed = weight.dim() == 3
+    if weight.dim() != 2 and weight.shape[2:] != (COLUMNS,):
+        shape = "[any, any, 16]" if packed else "[any, any]"
+        raise ValueError(f"linear_step: weight must be {shape}, but has the shape {list(weight.shape)}.")
+    N, K, most = linear_outputs(weight, bias), weight.shape[1], weight.shape[0] * COLUMNS
+    if packed and not most - COLUMNS < N <= most:
+        raise ValueError(
+            f"linear_step: bias must have {most - COLUMNS + 1} to {most} numbers with a packed weight of the shape "
+            f"{list(weight.shape)}, or be None, but has {N}."
+        )
     if x.dtype != torch.float32:
         raise ValueError(f"linear_step: x must be torch.float32, but is {x.dtype}.")
     if x.dim() == 0 or x.shape[-1] != K:
@@ -362,7 +413,9 @@ def check_linear(
             f"linear_step: scale must be given with a weight of torch.int8 and with no other, but "
             f"{'is None' if scale is None else 'is given'}."
         )
-    if K > 1 and weight.stride(1) != 1:
+    if packed and not weight.is_contiguous():
+        raise ValueError("linear_step: weight must be contiguous where it is packed; make it so, once.")
+    if not packed and K > 1 and weight.stride(1) != 1:
         raise ValueError(
             f"linear_step: weight must have the numbers of a row side by side, but their stride is {weight.stride(1)}; "
             f"make it contiguous, once."

@@ -23,6 +23,12 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Step]:
         yield torch.ops.speechkit.linear_step
 
 
+@pytest.fixture(params=["rows", "packed"])
+def form(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """A weight as the operator takes it."""
+    return {"rows": lambda weight: weight, "packed": plain.linear_pack}[request.param]
+
+
 def random_map(N: int, K: int, kind: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weight, its scale where it has one, bias."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,10 +58,13 @@ def test_every_variant_equals_float64(compiled: Step, kind: torch.dtype, N: int,
     for M in (1, 2, 3, 4, 5, 6, 7, 8, 13, 19):
         x = random_rows(M, K)
         for options in ({"bias": bias, "silu": True}, {"bias": None, "silu": False}):
-            y = compiled(x, weight, options["bias"], scale=scale, silu=options["silu"])
             expected = exact(x, weight, options["bias"], scale, bool(options["silu"]))
-            assert y.dtype == torch.float32
-            torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6 * K**0.5)
+            for form in (weight, plain.linear_pack(weight)):
+                if form.dim() == 3 and options["bias"] is None and N % 16:
+                    continue  # nothing says where it ends
+                y = compiled(x, form, options["bias"], scale=scale, silu=options["silu"])
+                assert y.dtype == torch.float32
+                torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6 * K**0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -64,6 +73,27 @@ def test_plain_pytorch_equals_float64(kind: torch.dtype) -> None:
     x = random_rows(2, 3, 131)
     y = plain.linear_step(x, weight, bias, scale=scale, silu=True)
     torch.testing.assert_close(y.double(), exact(x, weight, bias, scale, True), rtol=2e-6, atol=2e-5)
+    assert torch.equal(plain.linear_step(x, plain.linear_pack(weight), bias, scale=scale, silu=True), y)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("N, K", [(33, 5), (32, 7), (1, 1), (0, 4), (20, 0)])
+def test_a_packed_weight_holds_every_number_once_and_zeros_and_can_be_unpacked(
+    kind: torch.dtype, N: int, K: int
+) -> None:
+    weight, _, _ = random_map(N, K, kind)
+    packed = torch.ops.speechkit.linear_pack(weight)
+    assert packed.dtype == kind and packed.shape == (-(-N // 16), K, 16) and packed.is_contiguous()
+    for row in range(16 * len(packed)):
+        expected = weight[row] if row < N else torch.zeros(K, dtype=kind)
+        assert torch.equal(packed[row // 16, :, row % 16], expected)
+    assert torch.equal(plain.linear_unpack(packed, N), weight)
+    assert torch.equal(plain.linear_pack(weight.t().contiguous().t()), packed)
+
+
+def test_what_is_no_matrix_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match=r"^linear_pack: weight must be \[any, any\], but has the shape \[2, 3, 16\]"):
+        plain.linear_pack(torch.zeros(2, 3, 16))
 
 
 def surrounded(M: int, N: int, K: int) -> dict[str, Tensor | float]:
@@ -85,12 +115,17 @@ def test_norm_before_and_sum_behind_equal_float64(compiled: Step, kind: torch.dt
         normed = normed * options["norm_weight"] + options["norm_bias"]
         for silu in (False, True):
             expected = options["add"] + 0.5 * exact(normed, weight, bias, scale, silu)
-            y = step(x, weight, bias, scale=scale, silu=silu, **options)
-            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * K**0.5)
+            for form in (weight, plain.linear_pack(weight)):
+                y = step(x, form, bias, scale=scale, silu=silu, **options)
+                torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * K**0.5)
 
 
-def test_a_row_with_norm_and_sum_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step) -> None:
+Form = Callable[[Tensor], Tensor]
+
+
+def test_a_row_with_norm_and_sum_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step, form: Form) -> None:
     weight, _, bias = random_map(101, 275, torch.float32)
+    weight = form(weight)
     x, options = random_rows(29, 275), surrounded(29, 101, 275)
     alone = torch.stack(
         [compiled(row, weight, bias, **{**options, "add": add}) for row, add in zip(x, options["add"], strict=True)]
@@ -117,8 +152,11 @@ def test_what_is_added_and_the_norm_may_stand_anywhere(compiled: Step) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("N, K", [(100, 300), (130, 1024), (40, 10)])
-def test_a_row_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step, kind: torch.dtype, N: int, K: int) -> None:
+def test_a_row_is_bit_for_bit_the_same_whatever_comes_along(
+    compiled: Step, form: Form, kind: torch.dtype, N: int, K: int
+) -> None:
     weight, scale, bias = random_map(N, K, kind)
+    weight = form(weight)
     x = random_rows(29, K)
     alone = torch.stack([compiled(row, weight, bias, scale=scale, silu=True) for row in x])
     for M in range(1, 30):
@@ -130,17 +168,20 @@ def test_a_row_is_bit_for_bit_the_same_whatever_comes_along(compiled: Step, kind
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_column_is_the_same_bit_for_bit_whatever_rows_the_weight_has(compiled: Step, kind: torch.dtype) -> None:
+def test_a_column_is_the_same_bit_for_bit_whatever_rows_the_weight_has(
+    compiled: Step, form: Form, kind: torch.dtype
+) -> None:
     weight, scale, bias = random_map(101, 272, kind)
     x = random_rows(7, 272)
-    whole = compiled(x, weight, bias, scale=scale)
+    whole = compiled(x, form(weight), bias, scale=scale)
     for some in (slice(0, 1), slice(3, 52), slice(99, 101)):
-        part = compiled(x, weight[some], bias[some], scale=None if scale is None else scale[some])
+        part = compiled(x, form(weight[some]), bias[some], scale=None if scale is None else scale[some])
         assert torch.equal(part, whole[:, some])
 
 
-def test_the_number_of_threads_changes_nothing(compiled: Step) -> None:
+def test_the_number_of_threads_changes_nothing(compiled: Step, form: Form) -> None:
     weight, _, bias = random_map(1000, 520, torch.float32)
+    weight = form(weight)
     x, before = random_rows(9, 520), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -177,24 +218,24 @@ def test_few_bits_lose_only_what_the_weight_loses(compiled: Step, kind: torch.dt
 
 
 @pytest.mark.parametrize("silu", (False, True))
-def test_nan_and_infinity_go_where_those_of_pytorch_go(compiled: Step, silu: bool) -> None:
+def test_nan_and_infinity_go_where_those_of_pytorch_go(compiled: Step, form: Form, silu: bool) -> None:
     weight, _, bias = random_map(37, 83, torch.float32)
     x = random_rows(6, 83)
     x[1, 82], x[2, 0], x[3, 40], x[4, 7] = torch.nan, torch.inf, -torch.inf, 1e38
     weight[5, 81], weight[36, 3], bias[7] = torch.inf, torch.nan, -torch.inf
-    y, expected = compiled(x, weight, bias, silu=silu), plain.linear_step(x, weight, bias, silu=silu)
+    y, expected = compiled(x, form(weight), bias, silu=silu), plain.linear_step(x, weight, bias, silu=silu)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_nothing_in_gives_nothing_or_the_bias(compiled: Step, kind: torch.dtype) -> None:
+def test_nothing_in_gives_nothing_or_the_bias(compiled: Step, form: Form, kind: torch.dtype) -> None:
     weight, scale, bias = random_map(20, 12, kind)
-    assert compiled(torch.empty(3, 0, 12), weight, bias, scale=scale).shape == (3, 0, 20)
-    assert compiled(torch.empty(0, 12), weight, bias, scale=scale).shape == (0, 20)
-    none = compiled(torch.empty(4, 12), weight[:0], bias[:0], scale=None if scale is None else scale[:0])
+    assert compiled(torch.empty(3, 0, 12), form(weight), bias, scale=scale).shape == (3, 0, 20)
+    assert compiled(torch.empty(0, 12), form(weight), bias, scale=scale).shape == (0, 20)
+    none = compiled(torch.empty(4, 12), form(weight[:0]), bias[:0], scale=None if scale is None else scale[:0])
     assert none.shape == (4, 0)
     empty, scale, bias = random_map(20, 0, kind)
-    assert torch.equal(compiled(torch.empty(4, 0), empty, bias, scale=scale), bias.expand(4, 20))
+    assert torch.equal(compiled(torch.empty(4, 0), form(empty), bias, scale=scale), bias.expand(4, 20))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -206,6 +247,13 @@ def test_the_operator_keeps_the_rules_of_torch_library(kind: torch.dtype) -> Non
     args = (random_rows(2, 3, 48), weight, bias)
     torch.library.opcheck(torch.ops.speechkit.linear_step.default, args, options | around)
     torch.library.opcheck(torch.ops.speechkit.linear_step.default, (random_rows(48), weight, None), options)
+    packed = plain.linear_pack(weight)
+    torch.library.opcheck(torch.ops.speechkit.linear_step.default, (args[0], packed, bias), options | around)
+    whole = random_map(32, 48, kind)
+    whole_options = {"scale": whole[1], "silu": True}
+    whole_args = (random_rows(48), plain.linear_pack(whole[0]), None)
+    torch.library.opcheck(torch.ops.speechkit.linear_step.default, whole_args, whole_options)
+    torch.library.opcheck(torch.ops.speechkit.linear_pack.default, (weight,))
 
 
 def test_it_compiles_into_one_graph() -> None:
@@ -214,7 +262,8 @@ def test_it_compiles_into_one_graph() -> None:
     x = random_rows(2, 5, 64)
 
     def model(x: Tensor) -> Tensor:
-        return torch.ops.speechkit.linear_step(x[..., 8:56] + 1, weight, bias, scale=scale, silu=True) * 2
+        step, packed = torch.ops.speechkit.linear_step, torch.ops.speechkit.linear_pack(weight)
+        return sum(step(x[..., 8:56] + 1, form, bias, scale=scale, silu=True) * 2 for form in (weight, packed))
 
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
 
@@ -224,6 +273,12 @@ BAD = {
     r"x must be \[..., 8\], but has the shape \[2, 7\]": {"x": torch.zeros(2, 7)},
     r"x must be \[..., 8\], but has the shape \[\]": {"x": torch.zeros(())},
     "weight must be .* but has the shape": {"weight": torch.zeros(8)},
+    r"weight must be \[any, any, 16\], but has the shape \[1, 8, 8\]": {"weight": torch.zeros(1, 8, 8)},
+    "weight must be contiguous where it is packed": {"weight": torch.zeros(1, 16, 8).transpose(1, 2)},
+    r"bias must have 17 to 32 numbers with a packed weight of the shape \[2, 8, 16\], .* but has 5": {
+        "weight": torch.zeros(2, 8, 16)
+    },
+    r"bias must have 1 to 16 numbers .* but has 17": {"weight": torch.zeros(1, 8, 16), "bias": torch.zeros(17)},
     "weight must be torch.float32, torch.bfloat16 or torch.int8": {"weight": torch.zeros(5, 8, dtype=torch.float64)},
     "weight must have the numbers of a row side by side, .* stride is 5": {"weight": torch.zeros(8, 5).t()},
     r"bias must be \[5\], but has the shape \[8\]": {"bias": torch.zeros(8)},

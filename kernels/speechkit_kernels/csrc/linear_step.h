@@ -16,8 +16,8 @@ struct LinearStep {
 
   const float* x;
   int64_t x_row;
-  const void* weight;
-  int64_t weight_row;
+  const void* weight;  // [N, K], or packed: [N / 16 rounded up, K, 16]
+  int64_t weight_row;  // of the former
   const float *scale, *bias;  // [N] each; null: none
 
   const float *norm_weight, *norm_bias;  // [K] each; null: x is not normed
@@ -27,22 +27,24 @@ struct LinearStep {
   float factor;  // of what is added to `add`
   float* out;    // [M, N]
 
-  // x as the kernel reads it, M rows of K rounded up to whole vectors: `pack` makes it from `x`. Aligned to 64 bytes.
-  float* packed;
+  // x as the kernel reads it, M rows of K and some: `lay` makes it from `x`. Aligned to 64 bytes.
+  float* laid;
 };
 
-// A kernel works on panels, `panel` rows of the weight; the last one may have less.
+// A kernel works on stretches of the result's columns: each begins at a multiple of `stretch`, the last may have less.
 struct LinearStepKernel {
-  int64_t panel;
-  int64_t width;  // floats of a vector
+  int64_t stretch;
+  int64_t spare;  // floats of `laid` that a row may take beyond K
 
-  void (*pack)(const LinearStep&);
-  void (*run)(const LinearStep&, int64_t panel);
+  void (*lay)(const LinearStep&);
+  void (*run)(const LinearStep&, int64_t first, int64_t count);
 };
 
-#define SPEECHKIT_DECLARE(name)                  \
-  namespace name {                               \
-  LinearStepKernel linear_step_kernel(Weight);   \
+// The packed one is for a weight [P, K, 16], and for `rows` rows of x.
+#define SPEECHKIT_DECLARE(name)                                            \
+  namespace name {                                                         \
+  LinearStepKernel linear_step_kernel(Weight);                             \
+  LinearStepKernel linear_step_packed_kernel(Weight, int64_t rows);        \
   }
 SPEECHKIT_ISAS(SPEECHKIT_DECLARE)
 #undef SPEECHKIT_DECLARE

@@ -8,13 +8,14 @@ namespace speechkit {
 namespace {
 
 constexpr Arguments arguments("linear_step");
+constexpr int64_t columns = 16;     // of a panel of a packed weight
 constexpr int64_t grain = 1 << 16;  // numbers of the weight that are worth a thread: about 10 microseconds
 
-LinearStepKernel choose(Weight type) {
+LinearStepKernel choose(Weight type, bool packed, int64_t rows) {
   switch (isa()) {
 #define SPEECHKIT_CASE(name) \
   case Isa::name:            \
-    return name::linear_step_kernel(type);
+    return packed ? name::linear_step_packed_kernel(type, rows) : name::linear_step_kernel(type);
     SPEECHKIT_ISAS(SPEECHKIT_CASE)
 #undef SPEECHKIT_CASE
     default:
@@ -36,9 +37,23 @@ Weight kind(const Tensor& weight) {
   }
 }
 
-std::vector<int64_t> sizes_of_result(const Tensor& x, const Tensor& weight) {
+// Numbers of a row of the result, and of x. Where the last panel of a packed weight ends the bias alone tells.
+std::pair<int64_t, int64_t> sizes(const Tensor& weight, const MaybeTensor& bias) {
+  if (weight.dim() != 3) {
+    arguments.shape("weight", weight, {-1, -1});
+    return {weight.size(0), weight.size(1)};
+  }
+  arguments.shape("weight", weight, {-1, -1, columns});
+  const int64_t all = weight.size(0) * columns, N = bias && bias->dim() == 1 ? bias->size(0) : all;
+  if (N > all || N + columns <= all)
+    refuse("linear_step: bias must have ", all - columns + 1, " to ", all,
+           " numbers with a packed weight of the shape ", shape_text(weight.sizes()), ", or be None, but has ", N, ".");
+  return {N, weight.size(1)};
+}
+
+std::vector<int64_t> sizes_of_result(const Tensor& x, int64_t N) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = weight.size(0);
+  sizes.back() = N;
   return sizes;
 }
 
@@ -46,17 +61,17 @@ struct Options {
   MaybeTensor bias, scale, norm_weight, norm_bias, add;
 };
 
-void check(const Tensor& x, const Tensor& weight, const Options& options) {
+void check(const Tensor& x, const Tensor& weight, int64_t N, int64_t K, const Options& options) {
   const MaybeTensor& scale = options.scale;
-  arguments.shape("weight", weight, {-1, -1});
-  const int64_t N = weight.size(0), K = weight.size(1);
   arguments.dtype("x", x, ScalarType::Float);
   if (x.dim() == 0 || x.size(-1) != K)
     refuse("linear_step: x must be [..., ", K, "], but has the shape ", shape_text(x.sizes()), ".");
   if ((kind(weight) == Weight::int8) != scale.has_value())
     refuse("linear_step: scale must be given with a weight of torch.int8 and with no other, but ",
            scale ? "is given" : "is None", ".");
-  if (K > 1 && weight.stride(1) != 1)
+  if (weight.dim() == 3 && !weight.is_contiguous())
+    refuse("linear_step: weight must be contiguous where it is packed; make it so, once.");
+  if (weight.dim() == 2 && K > 1 && weight.stride(1) != 1)
     refuse("linear_step: weight must have the numbers of a row side by side, but their stride is ", weight.stride(1),
            "; make it contiguous, once.");
   if (options.norm_weight.has_value() != options.norm_bias.has_value())
@@ -72,7 +87,7 @@ void check(const Tensor& x, const Tensor& weight, const Options& options) {
   vector("norm_bias", options.norm_bias, K);
   if (!options.add) return;
   const auto given = options.add->sizes();
-  const std::vector<int64_t> sizes = sizes_of_result(x, weight), found(given.begin(), given.end());
+  const std::vector<int64_t> sizes = sizes_of_result(x, N), found(given.begin(), given.end());
   if (found != sizes)
     refuse("linear_step: add must be ", shape_text(sizes), ", but has the shape ", shape_text(found), ".");
   arguments.dtype("add", *options.add, ScalarType::Float);
@@ -108,16 +123,16 @@ const float* data(const MaybeTensor& tensor) {
 Tensor linear_step(const Tensor& given_x, const Tensor& weight, const MaybeTensor& given_bias,
                    const MaybeTensor& given_scale, bool silu, const MaybeTensor& given_norm_weight,
                    const MaybeTensor& given_norm_bias, double eps, const MaybeTensor& given_add, double factor) {
-  check(given_x, weight, {given_bias, given_scale, given_norm_weight, given_norm_bias, given_add});
+  const auto [N, K] = sizes(weight, given_bias);
+  check(given_x, weight, N, K, {given_bias, given_scale, given_norm_weight, given_norm_bias, given_add});
   const auto [x, x_row] = in_rows(given_x);
   const MaybeTensor bias = dense(given_bias), scale = dense(given_scale);
   const MaybeTensor norm_weight = dense(given_norm_weight), norm_bias = dense(given_norm_bias);
-  const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor out = torch::stable::new_empty(x, sizes_of_result(x, weight));
+  Tensor out = torch::stable::new_empty(x, sizes_of_result(x, N));
   if (out.numel() == 0) return out;
 
-  const LinearStepKernel kernel = choose(kind(weight));
   LinearStep l{out.numel() / N, N, K, silu};
+  const LinearStepKernel kernel = choose(kind(weight), weight.dim() == 3, l.M);
   l.x = data(x);
   l.x_row = x_row;
   l.weight = weight.const_data_ptr();
@@ -135,12 +150,15 @@ Tensor linear_step(const Tensor& given_x, const Tensor& weight, const MaybeTenso
     l.add_row = add->second;
   }
   l.out = static_cast<float*>(out.mutable_data_ptr());
-  thread_local Scratch packed;
-  l.packed = static_cast<float*>(packed.get(l.M * (K + kernel.width) * sizeof(float)));
-  kernel.pack(l);
-  const int64_t panels = (N + kernel.panel - 1) / kernel.panel;
-  torch::stable::parallel_for(0, panels, 1 + grain / (kernel.panel * K + 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernel.run(l, i);
+  thread_local Scratch laid;
+  l.laid = static_cast<float*>(laid.get(l.M * (K + kernel.spare) * sizeof(float)));
+  kernel.lay(l);
+  const int64_t stretch = kernel.stretch, stretches = (N + stretch - 1) / stretch;
+  torch::stable::parallel_for(0, stretches, 1 + grain / (stretch * K + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * stretch, left = l.N - first;
+      kernel.run(l, first, left < stretch ? left : stretch);
+    }
   });
   return out;
 }
