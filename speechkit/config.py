@@ -156,8 +156,11 @@ def build_model(node: Node, *, tokenizer: Any = None) -> Any:
     parts = plain(node)
     check(parts, kind_of(parts), "model", later=True)
     if "objective" in parts:
-        return _recogniser(parts, tokenizer)
-    return _tagger(parts) if "head" in parts else _autoencoder(parts)
+        model = _recogniser(parts, tokenizer)
+    else:
+        model = _tagger(parts) if "head" in parts else _autoencoder(parts)
+    tune(model, parts.get("tuning"))
+    return model
 
 
 def tune(model: Any, node: Node | None) -> None:
@@ -169,9 +172,7 @@ def tune(model: Any, node: Node | None) -> None:
 def _tagger(parts: dict[str, Any]) -> Any:
     built = {name: build(parts.get(name), f"model.{name}") for name in ("features", "encoder", "head")}
     plainly = {name: parts[name] for name in ("labels", "frames", "exclusive", "filled") if name in parts}
-    tagger = build({"_target_": "speechkit.tagger.Tagger"}, "model", **built, **plainly)
-    tune(tagger, parts.get("tuning"))
-    return tagger
+    return build({"_target_": "speechkit.tagger.Tagger"}, "model", **built, **plainly)
 
 
 def _autoencoder(parts: dict[str, Any]) -> Any:
@@ -183,7 +184,7 @@ def _autoencoder(parts: dict[str, Any]) -> Any:
 def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:
     tokenizer = build(parts["text"], "model.text") if tokenizer is None else tokenizer
     encoder = build(parts["encoder"], "model.encoder")
-    recogniser = build(
+    return build(
         {"_target_": "speechkit.recogniser.Recogniser"},
         "model",
         features=build(parts["features"], "model.features"),
@@ -192,8 +193,6 @@ def _recogniser(parts: dict[str, Any], tokenizer: Any) -> Any:
         search=build(parts["search"], "model.search"),
         tokenizer=tokenizer,
     )
-    tune(recogniser, parts.get("tuning"))
-    return recogniser
 
 
 def build(node: Node | None, where: str = "config", **extra: Any) -> Any:

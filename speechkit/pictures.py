@@ -37,11 +37,7 @@ def heard(
     """
     figure = Figure(figsize=(min(24.0, max(7.0, 1.6 * seconds)), 5.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    low, high = np.percentile(features, [2, 99.5])
-    extent = (0.0, seconds, 0.0, float(features.shape[1]))
-    above.imshow(features.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
-    above.set(ylabel="mel band")
-    above.set_title(title, loc="left", fontsize=10, color=INK)
+    _spectrogram(above, features, (0.0, seconds), title)
     times = (np.arange(len(posteriors)) + 0.5) * seconds / max(1, len(posteriors))
     below.fill_between(times, posteriors[:, 0], color=SOFT, alpha=0.25, linewidth=0, label="blank")
     audible = np.flatnonzero(posteriors[:, 1:].max(axis=0, initial=0.0) > 0.05) + 1
@@ -75,17 +71,14 @@ def explained(
     figure = Figure(figsize=(min(20.0, max(9.0, 4.5 + 0.7 * (times[1] - times[0]))), 5.2), layout="constrained")
     axes = figure.subplot_mosaic([["heard", "tags"], ["seen", "tags"]], width_ratios=[3, 1])
     above, below, right = axes["heard"], axes["seen"], axes["tags"]
-    low, high = np.percentile(features, [2, 99.5])
-    shown: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": (*times, 0.0, float(features.shape[1]))}
-    above.imshow(features.T, cmap="magma", vmin=low, vmax=high, **shown)
-    below.imshow(features.T, cmap="gray_r", vmin=low, vmax=high, **shown)
+    extent = _spectrogram(above, features, times, title)
+    _spectrogram(below, features, times, how, colours="gray_r")
     least, most = np.percentile(heat, [5, 99.5])
     strength = np.clip((heat - least) / max(most - least, 1e-12), 0, 1).T
-    below.imshow(strength, cmap="autumn_r", vmin=0, vmax=1, alpha=0.85 * strength, interpolation="bilinear", **shown)
-    above.set(ylabel="mel band", xticklabels=[])
-    below.set(ylabel="mel band", xlabel="seconds")
-    above.set_title(title, loc="left", fontsize=10, color=INK)
-    below.set_title(how, loc="left", fontsize=10, color=INK)
+    seen: dict[str, Any] = {"cmap": "autumn_r", "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+    below.imshow(strength, origin="lower", aspect="auto", extent=extent, alpha=0.85 * strength, **seen)
+    above.set(xticklabels=[])
+    below.set(xlabel="seconds")
     rows = np.arange(len(tags))[::-1]
     right.barh(rows, [score for _, score in tags], color=SIGNAL, height=0.3)
     for row, (label, score) in zip(rows, tags, strict=True):
@@ -118,11 +111,8 @@ def scenes(shown: Sequence[Scene], title: str) -> Figure:
     figure = Figure(figsize=(11.0, 0.8 + 1.1 * sum(heights)), layout="constrained")
     axes = figure.subplots(2 * len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
     for scene, classes, above, below in zip(shown, rows, axes[::2], axes[1::2], strict=True):
-        low, high = np.percentile(scene.features, [2, 99.5])
-        extent = (*scene.times, 0.0, float(scene.features.shape[1]))
-        above.imshow(scene.features.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
-        above.set(ylabel="mel band", xlim=scene.times, xticklabels=[])
-        above.set_title(scene.title, loc="left", fontsize=10, color=INK)
+        _spectrogram(above, scene.features, scene.times, scene.title)
+        above.set(xlim=scene.times, xticklabels=[])
         for side, color, lower in ((scene.there, SIGNAL, -0.36), (scene.found, WARM, 0.04)):
             for row, label in enumerate(classes):
                 bars = [(event.start, event.end - event.start) for event in side if event.label == label]
@@ -191,14 +181,10 @@ def reconstructed(
         title: for example its name.
     """
     figure = Figure(figsize=(min(24.0, max(7.0, 1.6 * seconds)), 6.5), layout="constrained")
-    low, high = np.percentile(features, [2, 99.5])
-    extent = (0.0, seconds, 0.0, float(features.shape[1]))
     rows = {title: features, "seen": np.where(hidden, np.nan, features), "rebuilt": rebuilt}
     for axes, (name, shown) in zip(figure.subplots(3, 1, sharex=True), rows.items(), strict=True):
         axes.set_facecolor(SOFT)
-        axes.imshow(shown.T, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high)
-        axes.set_title(name, loc="left", fontsize=10, color=INK)
-        axes.set(ylabel="mel band")
+        _spectrogram(axes, shown, (0.0, seconds), name, like=features)
         _bare(axes)
     axes.set(xlabel="seconds")
     return figure
@@ -257,6 +243,24 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _spectrogram(
+    axes: Any,
+    features: Float[np.ndarray, "T F"],
+    times: tuple[Seconds, Seconds],
+    title: str,
+    *,
+    like: Float[np.ndarray, "T F"] | None = None,
+    colours: str = "magma",
+) -> tuple[float, float, float, float]:
+    """Draw features, in the colours of those they are ``like``; where they lie, for what is drawn over them."""
+    low, high = np.percentile(features if like is None else like, [2, 99.5])
+    extent = (*times, 0.0, float(features.shape[1]))
+    axes.imshow(features.T, origin="lower", aspect="auto", extent=extent, cmap=colours, vmin=low, vmax=high)
+    axes.set(ylabel="mel band")
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    return extent
 
 
 def _bare(*many) -> None:  # type: ignore[no-untyped-def]

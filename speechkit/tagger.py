@@ -161,7 +161,14 @@ class Tagger(nn.Module):
         Raises:
             ValueError: as `tag`, or for a threshold that is none.
         """
-        scores, seconds, total = self.frame_scores(self.pieces(audio, progress))
+        return self.events_in(self.pieces(audio, progress), threshold=threshold, low=low, median=median)
+
+    @torch.inference_mode()
+    def events_in(
+        self, pieces: Iterable[Piece], *, threshold: float, low: float | None = None, median: Seconds
+    ) -> tuple[Event, ...]:
+        """`events` of a recording by its `pieces`, for whoever wants more of them than that."""
+        scores, seconds, total = self.frame_scores(pieces)
         return events.found(
             scores, self.labels, seconds, total=total, threshold=threshold, low=low, width=round(median / seconds)
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ast_cases import close
 from safetensors.torch import save_file
+from test_tag_cli import made
 from tiny import node, sound, tiny
 
 import speechkit
@@ -43,9 +44,8 @@ def cached(cache: Path, revision: str = "main") -> Path:
     return folder
 
 
-def put(model: speechkit.Recogniser, folder: Path) -> None:
-    """Save a model into a folder of the cache, which is no run."""
-    save(model, node(), folder / "model")
+def flat(folder: Path) -> None:
+    """Leave in a folder of the cache what its ``model`` holds: it is no run."""
     for file in (folder / "model").iterdir():
         file.rename(folder / file.name)
     (folder / "model").rmdir()
@@ -58,7 +58,9 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(cache: Path, local: bo
         model = tiny()
         torch.manual_seed(seed)
         model.objective.ctc.head.bias.normal_()
-        put(model, cached(cache, revision))
+        folder = cached(cache, revision)
+        save(model, node(), folder / "model")
+        flat(folder)
         name = "hf:owner/name" if revision == "main" else "hf:owner/name@v2"
         found = speechkit.load(name, local=local)
         close(found.objective.ctc.head.bias, model.objective.ctc.head.bias, 0.0)
@@ -131,15 +133,20 @@ def test_the_command_asks_no_network_where_it_is_told_so(
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.parametrize("kind", ["recogniser", "tagger"])
 def test_what_a_model_of_the_hub_is_evaluated_to_lies_here_and_not_in_the_cache(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    put(tiny(), cached(cache, "v2"))
+    folder = cached(cache, "v2")
+    if kind == "recogniser":
+        save(tiny(), node(), folder / "model")
+    else:
+        made(folder / "model")
+    flat(folder)
     audio.write(tmp_path / "a.wav", sound(1.0).numpy(), 16000)
-    (tmp_path / "set.jsonl").write_text('{"audio": "a.wav", "text": "abc"}\n')
+    (tmp_path / "set.jsonl").write_text('{"audio": "a.wav", "text": "abc", "label": "dog"}\n')
     monkeypatch.chdir(tmp_path)
     before = sorted(cache.rglob("*"))
     assert cli.main(["evaluate", "hf:owner/name@v2", "set.jsonl"]) == 0
-    assert (
-        list((tmp_path / "runs" / "owner-name-v2" / "evaluate").glob("*.json")) and sorted(cache.rglob("*")) == before
-    )
+    assert list((tmp_path / "runs" / "owner-name-v2" / "evaluate").glob("*.json"))
+    assert sorted(cache.rglob("*")) == before

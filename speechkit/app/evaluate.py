@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from speechkit.app import evaluate_tags
-from speechkit.app.sets import Sets, home, is_run, manifests, own
+from speechkit.app.sets import Sets, is_run, manifests, own, results
 from speechkit.app.transcribe import groups, ready, search_of, seconds
 from speechkit.data.corpora import Cut, text_of
 from speechkit.data.loading import load as load_samples
@@ -208,9 +208,7 @@ def _write(job: _Job, readings: Sequence[Reading], spent: Seconds) -> Row:
         seconds=round(audio, 3),
         rtf=round(spent / audio, 5),
     )
-    folder = home(job.run) / "evaluate"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.-]+", "-", f"{job.set}-{job.searched}-{job.heard}").strip("-")
+    folder, name = results(job.run, f"{job.set}-{job.searched}-{job.heard}")
     (folder / f"{name}.json").write_text(json.dumps(asdict(row), ensure_ascii=False, indent=2) + "\n")
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for reading, errors in zip(readings, words.utterances, strict=True):

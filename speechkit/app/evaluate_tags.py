@@ -6,7 +6,6 @@ Where clips have events, these too are measured, by `speechkit.app.tag_events`.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from rich.progress import Progress
 
 from speechkit import pictures
 from speechkit.app.outputs import Faults
-from speechkit.app.sets import home, manifests, own
+from speechkit.app.sets import manifests, own, results
 from speechkit.app.tag import MEDIAN, SURE, ready, rounded
 from speechkit.app.tag_events import Finder, InTime, Timed, picture
 from speechkit.app.tag_reports import Interval, Row, classes, finite, report, tables
@@ -211,9 +210,7 @@ def _write(job: _Job, result: Result, worst: int) -> Row:
         rtf=round(result.spent / result.seconds, 5),
         events=InTime.of([result.timed]) if result.timed else None,
     )
-    folder = home(job.run) / "evaluate"
-    folder.mkdir(exist_ok=True)
-    name = re.sub(r"[^\w.-]+", "-", job.set).strip("-")
+    folder, name = results(job.run, job.set)
     about = finite(asdict(row)) | {"labels": list(found.labels)}
     (folder / f"{name}.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n")
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:

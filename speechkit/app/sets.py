@@ -53,9 +53,20 @@ def own(run: str, *, transcribed: bool = True) -> Sets:
     return {name: list(source.cuts(transcribed=transcribed)) for name, source in (there or sources).items()}
 
 
+def results(run: str, name: str) -> tuple[Path, str]:
+    """The folder for what a run is evaluated to, which is made here, and what ``name`` is as the name of a file."""
+    folder = home(run) / "evaluate"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, _plain(name)
+
+
 def home(run: str) -> Path:
     """The run around a model folder, the model folder where it is alone, and ``runs/NAME`` for a model of the hub."""
     if run.startswith(hub.PREFIX):
-        return Path("runs", re.sub(r"[^\w.-]+", "-", run.removeprefix(hub.PREFIX)))
+        return Path("runs", _plain(run.removeprefix(hub.PREFIX)))
     model = model_folder(run)
     return model.parent if model.name.strip(".").startswith("model") else model
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")

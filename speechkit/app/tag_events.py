@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from speechkit import events, pictures
+from speechkit import pictures
 from speechkit.data.corpora import Cut, events_of
 from speechkit.data.loading import load as load_samples
 from speechkit.features import LogMel
@@ -40,15 +40,7 @@ class Finder:
                 rows.append(tagger.score(piece))
                 yield piece
 
-        frames, seconds, total = tagger.frame_scores(heard())
-        found = events.found(
-            frames,
-            tagger.labels,
-            seconds,
-            total=total,
-            threshold=self.threshold,
-            width=round(self.median / seconds),
-        )
+        found = tagger.events_in(heard(), threshold=self.threshold, median=self.median)
         return torch.stack(rows).mean(0), found
 
 

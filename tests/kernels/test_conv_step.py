@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-import speechkit_kernels
 import torch
 import torch.nn.functional as F
-from instruction_sets import instruction_set
-from speechkit_kernels import build, plain
+from speechkit_kernels import plain
 from torch import Tensor
 
 from speechkit.layers import BatchNorm, Convolution, LayerNorm
 
+OPERATOR = "conv_step"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-12}
-
-
-@pytest.fixture(params=build.ISAS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The operator, with each instruction set this machine has."""
-    with instruction_set(request.param):
-        yield torch.ops.speechkit.conv_step
-
-
-@pytest.fixture(params=["kernel", "plain"])
-def step(request: pytest.FixtureRequest) -> Any:
-    """The operator as it serves, and the plain one, which it must not differ from."""
-    if request.param == "plain":
-        return plain.conv_step
-    speechkit_kernels.ready()
-    return torch.ops.speechkit.conv_step
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import pytest
-import speechkit_kernels
 import torch
 import torch.nn.functional as F
-from instruction_sets import instruction_set
-from speechkit_kernels import build, plain
+from speechkit_kernels import plain
 from torch import Tensor
 
 from speechkit import kernels
@@ -20,21 +17,7 @@ from speechkit.layers import Subsampling
 from speechkit.stream import State, clone_state
 from speechkit.traced import trace
 
-
-@pytest.fixture(params=build.ISAS)
-def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The operator, with each instruction set this machine has."""
-    with instruction_set(request.param):
-        yield torch.ops.speechkit.subsample_step
-
-
-@pytest.fixture(params=["kernel", "plain"])
-def step(request: pytest.FixtureRequest) -> Any:
-    """The operator as it serves, and the plain one, which it must not differ from."""
-    if request.param == "plain":
-        return plain.subsample_step
-    speechkit_kernels.ready()
-    return torch.ops.speechkit.subsample_step
+OPERATOR = "subsample_step"
 
 
 @dataclass(frozen=True)
