@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from speechkit.files import replacing
 
 
 class Checkpoints(Callback):
@@ -48,7 +49,7 @@ class Checkpoints(Callback):
     def _forget(self, position: Any) -> None:
         """Drop what a killed process did after the state that is continued from: it is about to happen again."""
         later = (path for path in self.folder.glob("*/*step-*.safetensors") if step_of(path) > position.step)
-        for path in (*later, *self.folder.glob("*/.*step-*.safetensors.part")):
+        for path in (*later, *self.folder.glob("*/.*step-*.part")):
             path.unlink()
         for path in self.folder.glob("*.csv"):
             cut(path, position.number)
@@ -99,9 +100,9 @@ def best(folder: Path) -> list[Path]:
 def cut(path: Path, number: int) -> None:
     """Keep the rows of a log up to batch ``number``, its second column; a torn last row goes too."""
     head, *rows = path.read_text().splitlines(keepends=True)
-    draft = path.with_suffix(".part")
-    draft.write_text("".join([head, *(row for row in rows if row.endswith("\n") and int(row.split(",")[1]) <= number)]))
-    os.replace(draft, path)
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[1]) <= number]
+    with replacing(path) as draft:
+        draft.write_text("".join([head, *kept]))
 
 
 class CSVLog(Logger):
