@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,14 @@ def place(file: Path, line: int) -> str:
 
 def test_every_part_has_a_floor() -> None:
     assert {part(file) for file in FILES} <= FLOOR.keys()
+
+
+def test_the_design_shows_every_part_on_its_floor() -> None:
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    (floors,) = re.findall(r"^```\n( roof .*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert [
+        name for name in FLOOR if name != "app" and not re.search(rf"^ \d .*\b{name}\b", floors, re.MULTILINE)
+    ] == []
 
 
 def test_imports_go_down_only() -> None:
