@@ -184,11 +184,16 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def kernels() -> str:
+    used = speechkit_kernels.instruction_set()
+    return "amx for bfloat16, avx512bf16 for float32" if used == "amx" else str(used)
+
+
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return (
-        f"{names[0] if names else platform.processor()}, kernels {speechkit_kernels.instruction_set()}, "
+        f"{names[0] if names else platform.processor()}, kernels {kernels()}, "
         f"{torch.get_num_threads()} of {os.cpu_count()} threads, load {os.getloadavg()[0]:.1f}, "
         f"torch {torch.__version__}"
     )

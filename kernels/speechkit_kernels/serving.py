@@ -134,5 +134,6 @@ def _serving(operator: str, device: str) -> Serving:
         return Serving(operator, device, "compiled", "")
     sets = build.isas(operator)
     used = sets.index(name) if name in sets else 0
-    because = f"{' and '.join(sets[:used])} would come first, but this machine lacks it or instruction_set({name!r}) ruled it out."
+    better = " and ".join(sets[:used])
+    because = f"{better} would come first, but this machine lacks it or instruction_set({name!r}) ruled it out."
     return Serving(operator, device, sets[used], because if used else "")

@@ -75,10 +75,8 @@ def test_only_bfloat16_of_more_than_two_frames_is_multiplied_in_tiles(tiles: Til
 
     torch.manual_seed(0)
     assert equal(make(C=2, D=64, left=40, dtype=torch.bfloat16))
-    assert not equal(
-        make(C=3, D=64, left=40, dtype=torch.bfloat16)
-    )  # in the last bit, for the sums are in another order
-    with pytest.raises(ValueError, match="q must be torch.bfloat16 for tiles"):
+    assert not equal(make(C=3, D=64, left=40, dtype=torch.bfloat16))  # in last bits: another order of sums
+    with pytest.raises(ValueError, match=r"q must be torch\.bfloat16 for tiles"):
         torch.ops.speechkit_tiles.stream_attn(**make())
 
 

@@ -563,7 +563,7 @@ class Worker {
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
+#if defined(SPEECHKIT_TILES)
 #include "stream_attn_amx.h"
 #endif
 
@@ -571,7 +571,7 @@ namespace {
 
 template <class F>
 auto with_worker(Type type, F use) {
-#if defined(__AMX_BF16__)
+#if defined(SPEECHKIT_TILES)
   return use(static_cast<Tiled*>(nullptr));  // no other type comes here
 #else
 #if defined(__AVX512BF16__)
@@ -591,7 +591,7 @@ int64_t stream_attn_bytes(const StreamAttn& a) {
 }
 
 void stream_attn(const StreamAttn& a, int64_t begin, int64_t end, char* scratch) {
-#if defined(__AMX_BF16__)
+#if defined(SPEECHKIT_TILES)
   const Tiles in_use;
 #endif
   with_worker(a.q.type, [&](auto* kind) {

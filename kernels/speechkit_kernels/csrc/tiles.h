@@ -1,5 +1,5 @@
 // Tile registers of x86 (AMX): eight matrices of 16 rows of 64 bytes, and the product of two of bfloat16. Written as
-// instructions, because the compilers' own functions want a tile's number as a literal. A tile's number is a template's.
+// instructions, because the compilers' own functions want a tile's number as a literal, and older compilers lack them.
 #ifndef SPEECHKIT_TILES_H
 #define SPEECHKIT_TILES_H
 #include <cstdint>
