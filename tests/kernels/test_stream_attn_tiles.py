@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import speechkit_kernels
 import torch
 from speechkit_kernels import build, plain
-from test_stream_attn import Call, by_index, copy, make
+from test_stream_attn import Call, assert_as_defined, by_index, copy, make
 from tiles_emulator import FORBIDDEN, Bug, TilesEmulator
 from torch import Tensor
 
@@ -56,6 +57,55 @@ def is_right(tiles: TilesEmulator, seed: int) -> bool:
 
 def test_nothing_is_loaded_that_nobody_may_see(tiles: TilesEmulator) -> None:
     assert all(is_right(tiles, seed) for seed in range(4))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(C=3 * 16, chunk=16, left=7, spare=16),
+        dict(C=6, chunk=3, left=40),
+        dict(H=6, G=1, C=17),
+        dict(H=6, G=2, C=17, D=64),
+    ],
+    ids=str,
+)
+def test_a_call_may_bring_several_chunks_and_heads_may_share_keys(tiles: TilesEmulator, sizes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    assert_as_defined(tiles.stream_attn, make(**{"B": 2, "H": 2, "D": 32} | sizes, dtype=torch.bfloat16), 5e-3)
+
+
+def test_neither_the_slot_nor_the_lap_nor_the_threads_matter(tiles: TilesEmulator) -> None:
+    torch.manual_seed(0)
+    call = make(B=4, C=18, D=64, left=20, dtype=torch.bfloat16)
+    expected = tiles.stream_attn(**copy(call))
+    moved, order = copy(call), torch.randperm(6)
+    moved["cache"][order], moved["cache_bias"][order] = call["cache"].clone(), call["cache_bias"].clone()
+    moved["slots"] = order[call["slots"].long()]
+    lap = copy(call)
+    lap["pos"] = call["pos"] + (call["pos"] >= 20) * 7 * call["cache"].shape[3]
+    assert torch.equal(tiles.stream_attn(**moved), expected)
+    assert torch.equal(tiles.stream_attn(**lap), expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(tiles.stream_attn(**copy(call)), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_key_whose_bias_is_minus_infinity_has_no_weight_and_large_scores_choose_one_key(
+    tiles: TilesEmulator,
+) -> None:
+    torch.manual_seed(0)
+    call = make(C=12, left=20, options=("key_bias",), dtype=torch.bfloat16)
+    call["key_bias"][:, 0] = -math.inf
+    call["v"][:, 0] = 1e30
+    call["qlen"][:] = 12
+    assert_as_defined(tiles.stream_attn, call, 5e-3)
+    call = make(C=12, D=64, options=("rel",), dtype=torch.bfloat16)
+    call["q"] *= 1e4
+    expected, _, _ = by_index(call)
+    torch.testing.assert_close(tiles.stream_attn(**call).double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("frames", [3, 16, 20])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import speechkit_kernels
 import torch
 from instruction_sets import instruction_set
 from speechkit_kernels import build, ops
@@ -103,4 +102,3 @@ def tiles(request: pytest.FixtureRequest) -> Iterator[TilesEmulator]:
         emulator: TilesEmulator = request.getfixturevalue("tiles_of_this_machine")
         emulator.start()
         yield emulator
-    assert speechkit_kernels.instruction_set()

@@ -58,13 +58,13 @@ class Tiled : public Worker<TilePaired> {
     align(turned_content);
     if (a.rel) align(turned_position);
     auto fill = [&](int64_t m) {
-      products(band + m % kBand * L, turned_position, positions, m - (L - rows), n + rows - 2);
+      products<0>(band + m % kBand * L, turned_position, positions, m - (L - rows), n + rows - 2);
     };
     if (a.rel) fill(0);
     vec top = S::splat(-__builtin_inf());
     for (int64_t j = 0; j < n; j += L) {
       if (a.rel) fill(j + L);
-      products(scores + j * L, turned_content, keys, j, n - 1);
+      products<3>(scores + j * L, turned_content, keys, j, n - 1);
       for (int64_t half = j; half < j + L; half += kBlock) {
         vec x[kBlock] = {};
         if (a.rel) skew(x, half);
@@ -87,19 +87,21 @@ class Tiled : public Worker<TilePaired> {
 
   int64_t start(int64_t slice) const { return least(slice * kSlice, width - kSlice); }
 
-  // to[r] = the products of row first + r with the query of each lane
+  // to[r] = the products of row first + r with the query of each lane, in three tiles from t on: other tiles, other sums
+  // that need not wait
+  template <int t>
   void products(Real* to, const Number* queries, const Rows<Number>& rows, int64_t first, int64_t last) {
     const int s = rows.stretch(first);
     const bool whole = first >= 0 && first + L - 1 <= last && rows.stretch(first + L - 1) == s;
     const Number* from = whole ? rows.at[s] + first * rows.step[s] : gather(rows, first, last);
     const int64_t step = (whole ? rows.step[s] : width) * sizeof(Number);
-    tile_zero<0>();
+    tile_zero<t>();
     for (int64_t u = 0; u < slices; ++u) {
-      tile_load<1>(from + start(u), step);
-      tile_load<2>(queries + u * kSlice * L, kRow);
-      tile_multiply<0, 1, 2>();
+      tile_load<t + 1>(from + start(u), step);
+      tile_load<t + 2>(queries + u * kSlice * L, kRow);
+      tile_multiply<t, t + 1, t + 2>();
     }
-    tile_store<0>(to, kRow);
+    tile_store<t>(to, kRow);
   }
 
   // Rows that lie in several stretches, or end before the tile does, side by side.
