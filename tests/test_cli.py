@@ -242,7 +242,9 @@ def test_evaluate_measures_the_test_sets_of_a_run(run: Path, capsys: pytest.Capt
     assert lines[4]["words"][0]["word"] == heard[4].words[0].word and lines[4]["reference"] == "a bad cab"
 
 
-def test_evaluate_leaves_out_a_set_that_was_not_prepared(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_evaluate_leaves_out_a_set_that_was_not_prepared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.yaml").read_text())
     absent = {**config["data"]["test"]["own"], "path": str(tmp_path / "absent.jsonl")}

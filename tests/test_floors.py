@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 # From the ground up. Some floors of the design have a step in them: everything stands on `types`, data on features, and
 # the tagger on what the recogniser does with recordings.
 FLOORS = (
-    ("types",),
+    ("types", "files"),
     ("stream", "audio", "text", "schema"),
     ("features", "events", "testing", "kernels", "traced", "graphs", "vad"),
     ("steps",),

@@ -112,6 +112,7 @@ def test_tensorboard_has_curves_transcripts_and_pictures(finished: Path) -> None
 
 def test_finished_run_has_the_better_of_the_best_and_the_mean(finished: Path) -> None:
     kept = checkpoints.best(finished)
+    assert checkpoints.averaged(finished, 2) == kept and checkpoints.averaged(finished, None) == kept[:1]
     candidates = [average(kept[:1]), average(kept)]
     ours = {f"model.{name}": weight for name, weight in load(finished).state_dict().items()}
     assert any(all(torch.equal(ours[k], one[k]) for k in ours) for one in candidates)
@@ -288,6 +289,26 @@ def test_average_is_the_mean_of_the_weights(tmp_path: Path) -> None:
         write_state(tmp_path / str(number), {"state_dict": {"w": torch.full((2,), value), "n": torch.tensor(number)}})
     mean = average([tmp_path / str(number) for number in range(3)])
     assert torch.equal(mean["w"], torch.full((2,), 3.0)) and mean["n"] == 0
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "asked", "count"),
+    [(1, None, 1), (3, None, 1), (6, None, 3), (8, None, 4), (10, None, 5), (40, None, 5), (5, 5, 5), (4, 2, 2)],
+)
+def test_models_from_the_first_half_of_a_short_run_are_not_averaged(
+    tmp_path: Path, evaluations: int, asked: int | None, count: int
+) -> None:
+    (tmp_path / "best").mkdir()
+    steps = [100 * (1 + number) for number in range(evaluations)]
+    for step in steps:  # a model that gets better and better
+        (tmp_path / "best" / f"error-{900 / step:06.2f}-step-{step:08d}.safetensors").touch()
+    (tmp_path / "dev.csv").write_text("\n".join(["step,batch,wer", *(f"{step},{step},0" for step in steps)]) + "\n")
+    chosen = [checkpoints.step_of(path) for path in checkpoints.averaged(tmp_path, asked)]
+    assert chosen == steps[::-1][:count]
+
+
+def test_a_run_that_was_never_evaluated_has_nothing_to_average(tmp_path: Path) -> None:
+    assert checkpoints.averaged(tmp_path, None) == checkpoints.averaged(tmp_path, 5) == []
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(0, 4), (1, 3), (6, 1)])

@@ -66,7 +66,7 @@ def fit(settings: DictConfig) -> None:
     trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
     leave_cores(settings.data.workers)
     trainer.fit(task, data, ckpt_path=state)
-    _finish(trainer, task, data, run, console)
+    _finish(trainer, task, data, checkpoints.averaged(run, settings.checkpoint.get("best")), console)
     save(model, settings)
     console.print(f"The model is in [bold]{run}[/].")
 
@@ -262,9 +262,8 @@ def _trainer(settings: DictConfig, run: Path, console: Console, step: int) -> Tr
         raise ValueError(f"trainer must fit this machine, but: {message}; trainer=cpu runs anywhere.") from error
 
 
-def _finish(trainer: Trainer, task: Any, data: Any, run: Path, console: Console) -> None:
+def _finish(trainer: Trainer, task: Any, data: Any, kept: Sequence[Path], console: Console) -> None:
     """Leave the better of two in the model: the best single one on dev, or the mean of the best ones."""
-    kept = checkpoints.best(run)
     tried: list[tuple[float, str, Mapping[str, Tensor]]] = []
     for name, paths in (("the best one", kept[:1]), (f"the mean of the best {len(kept)}", kept)):
         if paths and len(paths) > len(tried):

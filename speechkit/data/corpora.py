@@ -42,6 +42,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from speechkit import audio
+from speechkit.files import replacing
 from speechkit.types import Event, Seconds
 
 TOLERANCE: Seconds = 0.05  # manifests round, and lossy codecs pad
@@ -355,10 +356,8 @@ def _files(cut: Cut) -> list[str]:
 
 def write_manifest(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a manifest whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def once(folder: Path, settings: Mapping[str, Any], prepare: Callable[[], None]) -> bool:

@@ -8,7 +8,6 @@ what its allow-list names. Models of other toolkits are read by one file each: `
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer, Wav2Vec2
+from speechkit.files import to_disk
 from speechkit.layers import shrink
 from speechkit.pretrained import ast, audiomae, foreign, hf, hub, nemotron, passt, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
@@ -212,8 +212,7 @@ def _write(model: Trained, config: Mapping[str, Any], folder: Path) -> None:
     if isinstance(model, Recogniser):
         model.tokenizer.save(folder)
     for file in folder.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written)
+        to_disk(file)
 
 
 def _replace(folder: Path, draft: Path) -> None:
