@@ -55,6 +55,31 @@ def is_right(tiles: TilesEmulator, seed: int) -> bool:
     return True
 
 
+def test_a_product_of_tiles_rounds_step_by_step_as_the_manual_says(tiles: TilesEmulator) -> None:
+    """Float64 holds each product of bfloat16, and its sum with a float32 of similar size, exactly."""
+    torch.manual_seed(0)
+    total, a, b = torch.randn(16, 16) * 8, torch.randn(16, 32).bfloat16(), torch.randn(16, 16, 2).bfloat16()
+    two = torch.zeros(2, 16, 16)  # sums of even and of odd places
+    for k in range(16):
+        for odd in range(2):
+            product = a[:, 2 * k + odd, None].double() * b[k, :, odd].double()
+            two[odd] = (two[odd].double() + product).float()
+    expected = total + (two[0] + two[1])
+    tiles.product(total, a, b)
+    assert torch.equal(total, expected)
+
+
+def test_subnormal_numbers_are_zeros_to_tiles(tiles: TilesEmulator) -> None:
+    tiny = 2.0**-126
+    total, a, b = torch.zeros(16, 16), torch.zeros(16, 32).bfloat16(), torch.zeros(16, 16, 2).bfloat16()
+    a[0, 0], b[0, 0, 0] = tiny / 2, 2.0**100  # a subnormal factor
+    a[1, 0], b[0, 1, 0] = tiny, 0.5  # a subnormal product
+    a[2, 0], b[0, 2, 0], total[2, 2] = tiny, 1.5, -tiny  # a subnormal sum
+    a[3, 0], b[0, 3, 0] = tiny, 1.0  # the least that counts
+    tiles.product(total, a, b)
+    assert total.diagonal()[:4].tolist() == [0, 0, 0, tiny]
+
+
 def test_nothing_is_loaded_that_nobody_may_see(tiles: TilesEmulator) -> None:
     assert all(is_right(tiles, seed) for seed in range(4))
 

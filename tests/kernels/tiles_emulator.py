@@ -51,6 +51,10 @@ class TilesEmulator:
             self.made[bug] = self._compiled(bug)
         assert self.host.emulate(str(self.made[bug]).encode()) == 0
 
+    def product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """TDPBF16PS: ``total`` [16, 16] float32 += ``a`` [16, 32] by ``b`` [16, 16, 2] (pair, column, of the pair)."""
+        ctypes.CDLL(str(self.made[None])).emulated_product(*(ctypes.c_void_p(x.data_ptr()) for x in (total, a, b)))
+
     def stream_attn(self, *args: Tensor, **arguments: Any) -> Tensor:
         """The operator as a processor with AMX serves it: tiles for bfloat16 alone.
 
