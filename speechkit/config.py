@@ -122,6 +122,11 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} must compose with {' '.join(overrides) or 'conf/'}, but: {_flat(error)}.") from None
     values = plain(config)
+    if "run" not in values:
+        raise ValueError(
+            f"{path} must begin its defaults with /train, /tag or /pretrain, which say what every config has, but does "
+            f"not; see recipes/*/conf/."
+        )
     check(values, Training, later=True)
     check(values["model"], kind_of(values["model"]), "model", later=True)
     return config

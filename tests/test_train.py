@@ -346,6 +346,23 @@ def test_part_with_other_symbols_starts_anew_by_name(tones: Path, finished: Path
     assert anew == {"objective.head.weight", "objective.head.bias"}
 
 
+def test_a_start_from_another_kind_of_encoder_is_refused(tones: Path, finished: Path) -> None:
+    other = [f"init={finished}", "encoder=squeezeformer_tiny", "model.encoder.layers=3"]
+    sentence = refusal(train, tones, ["name=kinds", *other])
+    assert "encoder of the config, Squeezeformer, but" in sentence and "has Conformer; take its own with" in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tuning=bitfit", "model.tuning must have a model to change, but init is null; add init=MODEL"),
+        ("optim.optimizer.lr=-1", "optim.optimizer must be given what it takes, but: Invalid learning rate: -1"),
+    ],
+)
+def test_what_only_shows_when_it_is_built_is_refused_in_a_sentence(tones: Path, override: str, words: str) -> None:
+    assert words in refusal(train, tones, ["name=wrong", override])
+
+
 def test_weights_that_only_the_other_model_has_are_named(finished: Path) -> None:
     model, other = load(finished), load(finished)
     other.surplus = torch.nn.Linear(2, 2)

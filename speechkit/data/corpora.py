@@ -245,7 +245,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path} must be a manifest, but there is no such file; prepare the corpus, or correct the path."
         )
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        try:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(
+                f"{path} must be text in UTF-8, or that compressed by gzip, but is not ({error}); write it again."
+            ) from error
 
 
 def _cut(line: str, folder: Path, transcribed: bool) -> Cut:

@@ -169,10 +169,10 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     model = load(folder)
     if not isinstance(model, Recogniser):
         kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
+        use = "use it with speechkit tag" if isinstance(model, Tagger) else "use it from Python with speechkit.load"
         raise ValueError(
-            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; use it from Python with "
-            f"speechkit.load, or name a model that speechkit trained, or one of the wav2vec family (ForCTC) and its "
-            f"vocab.json."
+            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; {use}, or name a model that "
+            f"speechkit trained, or one of the wav2vec family (ForCTC) and its vocab.json."
         )
     return model
 
@@ -255,7 +255,8 @@ def _described(folder: Path, config: Mapping[str, Any]) -> Trained:
 
 
 def _undescribed(folder: Path, error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
     return ValueError(
-        f"{folder / CONFIG} must be what save() wrote, but no model can be built from it ({str(error).rstrip('.')}); "
+        f"{folder / CONFIG} must be what save() wrote, but no model can be built from it ({reason}); "
         f"copy the model folder again."
     )
