@@ -228,7 +228,9 @@ class Tagger(nn.Module):
     @torch.no_grad()
     def clips(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> Iterator[Iterable[Piece]]:
         """The `pieces` of each of many clips, encoded together where none is longer than ``frames``."""
-        frames, counts = self._front().mel(samples, lengths)
+        front = self._front()
+        enough = (self.frames + 1) * front.hop + front.mel.window  # to see whether a clip is longer, if it has hours
+        frames, counts = front.mel(samples[:, :enough], lengths.clamp(max=enough))
         if frames.shape[1] > self.frames:
             yield from (self.pieces(clip[:n]) for clip, n in zip(samples.cpu(), lengths.tolist(), strict=True))
             return

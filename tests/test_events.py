@@ -164,6 +164,14 @@ def test_clips_that_are_heard_together_have_the_scores_and_events_they_have_alon
         assert [e.score for e in found] == pytest.approx([e.score for e in alone], abs=1e-5)
 
 
+def test_a_long_clip_among_others_is_never_a_spectrogram_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tagger, sizes, stream = by_loudness(), [], LogMel.stream
+    monkeypatch.setattr(LogMel, "stream", lambda mel, x, *rest: sizes.append(x.shape[1]) or stream(mel, x, *rest))
+    both = tagger.clips(recording(30.0).expand(2, -1), torch.tensor([30 * RATE, RATE // 2]))
+    counts = [len(list(pieces)) for pieces in both]
+    assert counts[0] > counts[1] == 1 and max(sizes) <= 10 * RATE
+
+
 def test_a_threshold_that_is_none_is_refused() -> None:
     for wrong in ({"threshold": 0.0}, {"threshold": 1.0}, {"threshold": 0.4, "low": 0.5}):
         with pytest.raises(ValueError, match="must be above 0 and below 1, and low no higher"):
