@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from speechkit.metrics import Errors, Score, Tagging, d_prime, draws, event_hits, inside, segment_hits, tagging
+from speechkit.metrics import (
+    Errors,
+    Score,
+    Tagging,
+    d_prime,
+    draws,
+    event_hits,
+    inside,
+    mirrored,
+    segment_hits,
+    tagging,
+)
 from speechkit.metrics.events import matched
 from speechkit.types import Event
 
@@ -108,8 +119,8 @@ def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
     targets = np.eye(2, dtype=bool)[np.zeros(400, dtype=int)]
     scores = np.where(np.arange(400)[:, None] < 320, [1.0, 0.0], [0.0, 1.0])
     found = Tagging(("a", "b"), targets, scores, exclusive=True)
-    low, high = found.interval(found.accuracy)
-    assert (low, high) == found.interval(found.accuracy)
+    low, high = found.interval("accuracy")
+    assert (low, high) == found.interval("accuracy")
     deviation = math.sqrt(0.8 * 0.2 / 400)
     assert low == pytest.approx(0.8 - 1.96 * deviation, abs=0.008)
     assert high == pytest.approx(0.8 + 1.96 * deviation, abs=0.008)
@@ -119,34 +130,33 @@ def test_the_interval_of_mean_average_precision_holds_it_and_narrows_with_clips(
     few, many = some(40), some(400)
     widths = []
     for found in (few, many):
-        low, high = found.interval(found.mean_average_precision, samples=200)
+        low, high = found.interval("mean_average_precision", samples=200)
         assert low < found.mean_average_precision() < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
 
 
-def test_intervals_of_average_precision_cover_the_truth_although_draws_overrate_it() -> None:
+@pytest.mark.parametrize(("classes", "clips", "least"), [(1, 60, 0.9), (10, 30, 0.75)])
+def test_intervals_of_average_precision_cover_the_truth_although_draws_overrate_it(
+    classes: int, clips: int, least: float
+) -> None:
     """Scores of two normal distributions a distance of 1.5 apart; the truth is measured on very many clips."""
     dice = np.random.default_rng(0)
 
     def of(clips: int) -> Tagging:
-        targets = np.arange(clips)[:, None] % 5 == 0
-        return Tagging(("a",), targets, dice.normal(1.5 * targets, 1.0))
+        targets = np.arange(clips)[:, None] % max(5, classes) == np.arange(classes)
+        return Tagging(tuple(map(str, range(classes))), targets, dice.normal(1.5 * targets, 1.0))
 
-    truth = of(200_000).mean_average_precision()
-    covered = [low <= truth <= high for low, high in (_interval(of(60)) for _ in range(150))]
-    assert 0.86 < np.mean(covered) <= 1
-
-
-def _interval(found: Tagging) -> tuple[float, float]:
-    return found.interval(found.mean_average_precision, samples=200)
+    truth = of(100_000).mean_average_precision()
+    intervals = [of(clips).interval("mean_average_precision", samples=200) for _ in range(100)]
+    assert least < np.mean([low <= truth <= high for low, high in intervals]) <= 1
 
 
 def test_a_measure_without_doubt_has_an_interval_without_width() -> None:
     found = Tagging(("a", "b"), np.eye(2, dtype=bool)[[0, 1, 0, 1]], np.eye(2)[[0, 1, 0, 1]], exclusive=True)
-    assert found.interval(found.accuracy) == (1.0, 1.0)
+    assert found.interval("accuracy") == (1.0, 1.0)
     none = Tagging(("a",), np.zeros((3, 1), dtype=bool), np.ones((3, 1)))
-    assert all(math.isnan(value) for value in none.interval(none.mean_average_precision))
+    assert all(math.isnan(value) for value in none.interval("mean_average_precision"))
 
 
 def test_errors_labels_and_events_that_say_the_same_have_the_same_doubt() -> None:
@@ -156,7 +166,7 @@ def test_errors_labels_and_events_that_say_the_same_have_the_same_doubt() -> Non
     labels = Tagging(("a", "b"), np.eye(2, dtype=bool)[[0] * 30], np.eye(2)[np.where(right, 0, 1)], exclusive=True)
     there = [[Event("a", 0.0, 1.0)]] * 30
     events = event_hits(there, [[Event("a", 0.0 if hit else 5.0, 1.0 if hit else 6.0)] for hit in right], ("a",))
-    drawn = labels.drawn(labels.accuracy, seed=2)
+    drawn = labels.drawn("accuracy", seed=2)
     assert drawn == pytest.approx([draw @ right / 30 for draw in draws(30, seed=2)])
     assert [found.micro for found in events.drawn(seed=2)] == pytest.approx(drawn)
     low, high = words.interval(seed=2)
@@ -170,7 +180,14 @@ def test_an_interval_is_that_of_scipy() -> None:
     drawn = np.array([draw @ values / 50 for draw in draws(50, samples=20_000)])
     theirs = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0))
     assert inside(drawn) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
-    assert inside(drawn, float(np.median(drawn))) == pytest.approx(inside(drawn), abs=1e-3)
+
+
+def test_a_mirrored_interval_is_as_far_below_as_draws_are_above() -> None:
+    drawn = np.array([0.5, 0.8, 0.8, 0.9, 0.9])
+    low, high = np.arcsin(np.sqrt(mirrored(drawn, 0.8, confidence=1 - 1e-9)))
+    least, value, most = np.arcsin(np.sqrt([0.5, 0.8, 0.9]))
+    assert (low, high) == pytest.approx((2 * value - most, min(2 * value - least, np.pi / 2)))
+    assert mirrored(np.ones(5), 1.0) == (1.0, 1.0) and mirrored(np.zeros(5), 0.0) == (0.0, 0.0)
 
 
 def test_one_number_chooses_a_model() -> None:
@@ -190,7 +207,7 @@ def test_scores_that_cannot_be_measured_are_refused() -> None:
     with pytest.raises(ValueError, match="must have one label, but clip 0 has 2"):
         Tagging(LABELS, targets | np.roll(targets, 1, 1), scores, exclusive=True)
     with pytest.raises(ValueError, match="confidence must be above 0 and below 1, but is 95"):
-        Tagging(LABELS, targets, scores).interval(lambda draw: 0.0, confidence=95)
+        Tagging(LABELS, targets, scores).interval("accuracy", confidence=95)
 
 
 def recordings(seed: int, *, shifted: float = 0.0) -> list[list[Event]]:

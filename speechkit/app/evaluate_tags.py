@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,7 @@ from speechkit.app.transcribe import groups
 from speechkit.data.corpora import Cut, events_of, labels_of
 from speechkit.data.loading import load as load_samples
 from speechkit.data.targets import Labels
-from speechkit.metrics import Tagging, inside
+from speechkit.metrics import Tagging, interval
 from speechkit.tagger import Tagger
 from speechkit.types import Event, Seconds
 
@@ -47,12 +47,9 @@ class Result:
     seconds: Seconds
     spent: Seconds
 
-    def drawn(self, measure: Callable, seed: int = 0) -> np.ndarray:
+    def drawn(self, measure: str, seed: int = 0) -> np.ndarray:
         draws = min(DRAWS, max(DRAWS // 10, BUDGET // self.found.scores.size))
         return self.found.drawn(measure, samples=draws, seed=seed)
-
-    def interval(self, measure: Callable) -> Interval:
-        return inside(self.drawn(measure), measure(None))
 
 
 def evaluate(
@@ -200,9 +197,9 @@ def _write(job: _Job, result: Result, worst: int) -> Row:
         run=job.run,
         set=job.set,
         accuracy=found.accuracy() if found.exclusive else None,
-        accuracy_interval=result.interval(found.accuracy) if found.exclusive else None,
+        accuracy_interval=_interval("accuracy", [result]) if found.exclusive else None,
         mean_average_precision=found.mean_average_precision(),
-        mean_average_precision_interval=result.interval(found.mean_average_precision),
+        mean_average_precision_interval=_interval("mean_average_precision", [result]),
         mean_auc=found.mean_auc(),
         d_prime=found.d_prime(),
         clips=len(result.ids),
@@ -260,6 +257,14 @@ def _means(done: Sequence[tuple[_Job, Result]]) -> list[Row]:
     return rows
 
 
+def _interval(measure: str, results: Sequence[Result]) -> Interval:
+    """Of the mean over results."""
+    drawn = [result.drawn(measure, seed) for seed, result in enumerate(results)]
+    least = min(map(len, drawn))
+    value = float(np.mean([getattr(result.found, measure)() for result in results]))
+    return interval(measure, np.mean([draws[:least] for draws in drawn], axis=0), value)
+
+
 def _mean(name: str, results: Sequence[Result]) -> Row:
     parts = [result.found for result in results]
     exclusive = all(part.exclusive for part in parts)
@@ -267,19 +272,14 @@ def _mean(name: str, results: Sequence[Result]) -> Row:
     def mean(measure: str) -> float:
         return float(np.mean([getattr(part, measure)() for part in parts]))
 
-    def interval(measure: str) -> Interval:
-        drawn = [result.drawn(getattr(result.found, measure), seed) for seed, result in enumerate(results)]
-        least = min(map(len, drawn))
-        return inside(np.mean([draws[:least] for draws in drawn], axis=0), mean(measure))
-
     timed = [result.timed for result in results if result.timed]
     return Row(
         run=f"mean of {len(results)}",
         set=name,
         accuracy=mean("accuracy") if exclusive else None,
-        accuracy_interval=interval("accuracy") if exclusive else None,
+        accuracy_interval=_interval("accuracy", results) if exclusive else None,
         mean_average_precision=mean("mean_average_precision"),
-        mean_average_precision_interval=interval("mean_average_precision"),
+        mean_average_precision_interval=_interval("mean_average_precision", results),
         mean_auc=mean("mean_auc"),
         d_prime=mean("d_prime"),
         clips=sum(len(result.ids) for result in results),

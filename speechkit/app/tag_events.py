@@ -95,7 +95,7 @@ class InTime:
             for mean in ("micro", "macro"):
                 value = float(np.mean([getattr(one, mean) for one in found]))
                 draws = np.mean([[getattr(one, mean) for one in row] for row in drawn], axis=0)
-                measured |= {f"{kind}_{mean}": value, f"{kind}_{mean}_interval": inside(draws, value)}
+                measured |= {f"{kind}_{mean}": value, f"{kind}_{mean}_interval": inside(draws)}
         finder = parts[0].finder
         return cls(sum(len(part.cuts) for part in parts), finder.threshold, finder.median, **measured)
 

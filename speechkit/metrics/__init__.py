@@ -2,8 +2,8 @@
 one can be of it (`intervals`)."""
 
 from speechkit.metrics.events import Found, event_hits, segment_hits
-from speechkit.metrics.intervals import draws, inside
-from speechkit.metrics.tags import Tagging, d_prime, tagging
+from speechkit.metrics.intervals import draws, inside, mirrored
+from speechkit.metrics.tags import Tagging, d_prime, interval, tagging
 from speechkit.metrics.words import Errors, Score, alignment, char_errors, word_errors
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "draws",
     "event_hits",
     "inside",
+    "interval",
+    "mirrored",
     "segment_hits",
     "tagging",
     "word_errors",

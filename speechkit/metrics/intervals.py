@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,14 +19,10 @@ def draws(clips: int, *, samples: int = 1000, seed: int = 0) -> Iterator[Int[np.
     return (np.bincount(dice.integers(clips, size=clips), minlength=clips) for _ in range(samples))
 
 
-def inside(
-    drawn: Float[np.ndarray, "N"], value: float | None = None, *, confidence: float = 0.95
-) -> tuple[float, float]:
-    """The interval that the measures of draws give; those that are no number do not count.
+def inside(drawn: Float[np.ndarray, "N"], *, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval between percentiles of draws; those that are no number do not count.
 
     Args:
-        value: the measure itself, to correct the bias of draws (BC percentiles, Efron 1981, equation 3). A draw has
-            clips twice, and average precision likes that: uncorrected, intervals of few clips lie too high.
         confidence: that the measure of other clips like these falls inside, above 0 and below 1.
 
     Raises:
@@ -38,11 +33,21 @@ def inside(
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):
         return math.nan, math.nan
-    normal, shift = NormalDist(), 0.0
-    if value is not None:
-        least = 0.5 / len(drawn)
-        below = np.clip((np.mean(drawn < value) + np.mean(drawn <= value)) / 2, least, 1 - least)
-        shift = 2 * normal.inv_cdf(float(below))
-    width = normal.inv_cdf((1 + confidence) / 2)
-    low, high = np.quantile(drawn, [normal.cdf(shift - width), normal.cdf(shift + width)])
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def mirrored(drawn: Float[np.ndarray, "N"], value: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of a share that draws overrate: as far below ``value`` as draws are above it, and the reverse.
+
+    A draw has clips twice, and average precision likes that as much as it likes few clips of a class, so that its
+    percentiles lie too high. Distances are those of the arcsine of the root, which make a share equally sure anywhere.
+    (Basic intervals of a transformed measure; Davison and Hinkley, Bootstrap Methods, 1997, section 5.2.)
+
+    Raises:
+        ValueError: as `inside`.
+    """
+    low, high = inside(np.arcsin(np.sqrt(drawn)), confidence=confidence)
+    middle = np.arcsin(np.sqrt(value))
+    below, above = np.sin(np.clip([2 * middle - high, 2 * middle - low], 0, np.pi / 2)) ** 2
+    return float(below), float(above)

@@ -7,7 +7,7 @@ itself and left out of means; `Tagging.absent` counts those that no clip has, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -15,9 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from speechkit.metrics.intervals import draws, inside
-
-Measure = Callable[[Int[np.ndarray, "B"] | None], float]
+from speechkit.metrics.intervals import draws, inside, mirrored
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,16 @@ class Tagging:
         return (self._ranked.weighted(draw) * lower).sum(0) / _nonzero(hits[-1] * others[-1])
 
     def interval(
-        self, measure: Measure, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
+        self, measure: str, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
     ) -> tuple[float, float]:
-        """A confidence interval of a measure such as ``tagging.accuracy``, by drawing clips anew; see `inside`."""
-        return inside(self.drawn(measure, samples=samples, seed=seed), measure(None), confidence=confidence)
+        """A confidence interval of a measure, such as "accuracy", by drawing clips anew; see `interval`."""
+        drawn = self.drawn(measure, samples=samples, seed=seed)
+        return interval(measure, drawn, getattr(self, measure)(), confidence=confidence)
 
-    def drawn(self, measure: Measure, *, samples: int = 1000, seed: int = 0) -> Float[np.ndarray, "N"]:
+    def drawn(self, measure: str, *, samples: int = 1000, seed: int = 0) -> Float[np.ndarray, "N"]:
         """A measure of so many draws of as many clips, with replacement."""
-        return np.array([measure(draw) for draw in draws(len(self.scores), samples=samples, seed=seed)])
+        of = getattr(self, measure)
+        return np.array([of(draw) for draw in draws(len(self.scores), samples=samples, seed=seed)])
 
     @cached_property
     def decisions(self) -> Bool[np.ndarray, "B C"]:
@@ -160,6 +160,15 @@ class Tagging:
     @cached_property
     def _ranked(self) -> _Ranked:
         return _Ranked(self.targets, self.scores)
+
+
+def interval(
+    measure: str, drawn: Float[np.ndarray, "N"], value: float, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """The interval of a measure of `Tagging`, by its name, its draws, and itself."""
+    if measure == "mean_average_precision":
+        return mirrored(drawn, value, confidence=confidence)
+    return inside(drawn, confidence=confidence)
 
 
 class _Ranked:
