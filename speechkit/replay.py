@@ -53,7 +53,8 @@ class Script:
     """``graph`` as the interpreter reads it, in ``script``."""
 
     def __init__(self, graph: fx.Graph, constants: dict[str, Tensor], example: tuple[Tensor | None, ...]) -> None:
-        self.script, self.constants, self.given = torch._C.Graph(), constants, iter(example)
+        self.script: Any = torch._C.Graph()
+        self.constants, self.given = constants, iter(example)
         self.values: dict[fx.Node, Any] = {}  # of operators with several results a list of them
         for node in graph.nodes:
             self.values[node] = getattr(self, f"_{node.op}")(node)
@@ -68,7 +69,7 @@ class Script:
 
     def _call_function(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            whole, place = self._value(node.args[0]), node.args[1]
+            whole, place = self._value(node.args[0]), operator.index(node.args[1])  # type: ignore[arg-type]
             if isinstance(whole, list):
                 return whole[place]
             return self._append(ITEM, [whole, self._value(place)], whole.type().getElementType())

@@ -167,7 +167,7 @@ def test_a_value_that_an_operator_refuses_is_a_value_error_in_its_own_words() ->
 
     x = torch.randn(1, 4, 8)
     run = trace(function, x, torch.tensor([4]))
-    with pytest.raises(ValueError, match="^conv_step: qlen must be from 0 to 4, but holds 5") as refused:
+    with pytest.raises(ValueError, match=r"^conv_step: qlen must be from 0 to 4, but holds 5") as refused:
         run(x, torch.tensor([5]))
     assert "\n" not in str(refused.value)
     torch.testing.assert_close(run(x, torch.tensor([3])), function(x, torch.tensor([3])))
