@@ -304,7 +304,8 @@ def test_the_weights_are_packed_once_for_all_shapes(dtype: torch.dtype) -> None:
         with Weights() as weights:
             out, _ = step(x, lengths, (), context=CONTEXT)
         assert weights.dims[-1] == 3
-        torch.testing.assert_close(out.frames, map(x))
+        far = 1e-4 if dtype == torch.int8 else 1e-5  # packed int8 may be multiplied by whole numbers
+        torch.testing.assert_close(out.frames, map(x), rtol=0, atol=far)
         del x, out
         growth.append(held() - before)
     assert size <= growth[0] < 1.1 * size and growth[-1] < 1.2 * size
