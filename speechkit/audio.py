@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
+from speechkit.files import replacing
 from speechkit.types import Seconds
 
 AnyPath = str | os.PathLike[str]
@@ -113,7 +113,14 @@ def write(path: AnyPath, samples: Samples, sample_rate: int) -> None:
     _refuse_not_finite(path, samples[:, None], 0, sample_rate)
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, sample_rate, format=_SUFFIXES[path.suffix.lower()], subtype="PCM_16")
-    _replace(path, encoded.getvalue())
+    try:
+        with replacing(path) as draft:
+            draft.write_bytes(encoded.getvalue())
+    except OSError as error:
+        raise AudioError(
+            f"{path} must be written in full, but the disk refused ({error.strerror}) and what was there before is "
+            f"untouched; free some space or choose another folder."
+        ) from error
 
 
 @contextmanager
@@ -209,20 +216,3 @@ def _blocks(path: AnyPath, count: int, size: int) -> Iterator[Samples]:
 def _notice_folding(path: str, channels: int) -> None:
     """Said once a file, however many epochs read it."""
     log.warning("%s has %d channels, which are folded to mono by averaging them.", path, channels)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise AudioError(
-            f"{path} must be written in full, but the disk refused ({error.strerror}) and what was there before is "
-            f"untouched; free some space or choose another folder."
-        ) from error

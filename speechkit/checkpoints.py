@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,10 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from speechkit.files import replacing
+
+KEPT = 5
 
 
 class Checkpoints(Callback):
@@ -30,14 +33,15 @@ class Checkpoints(Callback):
     Args:
         folder: of the run.
         every: optimizer steps between states.
-        best: models kept by their error rate on dev, see `speechkit.tasks.Task.error_rate`.
+        best: models kept by their error rate on dev, see `speechkit.tasks.Task.error_rate`; five unless given.
     """
 
-    def __init__(self, *, folder: str | Path, every: int = 500, best: int = 5) -> None:
-        for name, value in (("every", every), ("best", best)):
+    def __init__(self, *, folder: str | Path, every: int = 500, best: int | None = None) -> None:
+        kept = KEPT if best is None else best
+        for name, value in (("every", every), ("best", kept)):
             if value < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, but is {value}.")
-        self.folder, self.every, self.best = Path(folder), every, best
+        self.folder, self.every, self.best = Path(folder), every, kept
         self._saved = 0
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -48,7 +52,7 @@ class Checkpoints(Callback):
     def _forget(self, position: Any) -> None:
         """Drop what a killed process did after the state that is continued from: it is about to happen again."""
         later = (path for path in self.folder.glob("*/*step-*.safetensors") if step_of(path) > position.step)
-        for path in (*later, *self.folder.glob("*/.*step-*.safetensors.part")):
+        for path in (*later, *self.folder.glob("*/.*step-*.part")):
             path.unlink()
         for path in self.folder.glob("*.csv"):
             cut(path, position.number)
@@ -96,12 +100,24 @@ def best(folder: Path) -> list[Path]:
     return sorted(Path(folder, "best").glob("error-*.safetensors"), key=lambda p: (p.stem[:12], -step_of(p)))
 
 
+def averaged(folder: Path, count: int | None) -> list[Path]:
+    """The models of which the mean is tried: the best ``count``.
+
+    Unless that is given they are five, but at most half of all that were evaluated: of a short run the other half is
+    from before it had learned, and makes the mean worse than the best one. (Averages want models from the end of a long
+    way: 1803.05407 begins after three quarters of the steps, ESPnet and WeNet take the best of many epochs.)
+    """
+    kept = best(folder)
+    evaluations = len((folder / "dev.csv").read_text().splitlines()) - 1 if kept else 0
+    return kept[: max(1, min(KEPT, evaluations // 2)) if count is None else count]
+
+
 def cut(path: Path, number: int) -> None:
     """Keep the rows of a log up to batch ``number``, its second column; a torn last row goes too."""
     head, *rows = path.read_text().splitlines(keepends=True)
-    draft = path.with_suffix(".part")
-    draft.write_text("".join([head, *(row for row in rows if row.endswith("\n") and int(row.split(",")[1]) <= number)]))
-    os.replace(draft, path)
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[1]) <= number]
+    with replacing(path) as draft:
+        draft.write_text("".join([head, *kept]))
 
 
 class CSVLog(Logger):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -111,7 +111,7 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """
     file = _find(Path(path))
     try:
-        changes = [_change(override, file) for override in overrides]
+        changes = [*_left_open(_written(file)), *(_change(override, file) for override in overrides)]
         with hydra.initialize_config_dir(str(file.parent.resolve()), version_base="1.3"):
             home = str(catalogue().resolve()).replace("'", r"\'")
             search = f"hydra.searchpath=['file://{home}']"
@@ -122,6 +122,11 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} must compose with {' '.join(overrides) or 'conf/'}, but: {_flat(error)}.") from None
     values = plain(config)
+    if "run" not in values:
+        raise ValueError(
+            f"{path} must begin its defaults with /train, /tag or /pretrain, which say what every config has, but does "
+            f"not; see recipes/*/conf/."
+        )
     check(values, Training, later=True)
     check(values["model"], kind_of(values["model"]), "model", later=True)
     return config
@@ -277,9 +282,23 @@ def _change(override: str, file: Path) -> str:
     return f"{'++' if key not in groups else '' if _lists(file, key) else '+'}{override}"
 
 
+def _written(file: Path) -> dict[str, Any]:
+    """What a file says by itself, without references filled in."""
+    return cast(dict, OmegaConf.to_container(load(file)))
+
+
+def _left_open(node: Node, where: str = "") -> Iterator[str]:
+    """A config's own ``???`` as overrides: merged as it stands, OmegaConf would keep what the catalogue says there."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _left_open(value, f"{where}{key}.")
+        elif value == "???":
+            yield f"++{where}{key}=???"
+
+
 def _lists(file: Path, group: str) -> bool:
     """Whether the defaults of a config name a file of a group."""
-    listed = plain(load(file)).get("defaults", [])
+    listed = _written(file).get("defaults", [])
     keys = (str(key) for item in listed if isinstance(item, Mapping) for key in item)
     return any(group in key.replace("/", " ").split() for key in keys)
 

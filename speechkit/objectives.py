@@ -196,7 +196,7 @@ class AttentionDecoder(nn.Module):
         return self.head(self.norm(x)).float().log_softmax(-1), state._replace(cache=tuple(caches))
 
     @staticmethod
-    def select(state: DecoderState, utterances: Int[Tensor, "b"], hypotheses: Int[Tensor, "n"]) -> DecoderState:
+    def select(state: DecoderState, utterances: Int[Tensor, "R"], hypotheses: Int[Tensor, "N"]) -> DecoderState:
         """The state of some utterances, and of some of all the hypotheses, in that order; repeats are allowed."""
         cache = tuple((k[hypotheses], v[hypotheses]) for k, v in state.cache)
         if len(utterances) == len(state.heard):  # a beam that is sorted anew leaves the frames, the large part, alone

@@ -125,15 +125,12 @@ class Tagger(nn.Module):
     @torch.inference_mode()
     def scores(self, audio: Audio) -> Float[Tensor, "C"]:
         """The score of every class in a recording, in the order of ``labels``; as `tag`."""
-        return torch.stack([self.score(piece) for piece in self.pieces(audio)]).mean(0)
+        return self.scores_in(self.pieces(audio))
 
     @torch.inference_mode()
-    def clip_scores(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B C"]:
-        """`scores` of many clips, together where none is longer than ``frames``."""
-        frames, counts = self.hear(samples, lengths)
-        if frames.shape[1] > self.frames:
-            return torch.stack([self.scores(clip[:n]) for clip, n in zip(samples.cpu(), lengths.tolist(), strict=True)])
-        return self.probabilities(self.logits(frames, None if self.filled else counts).float()).cpu()
+    def scores_in(self, pieces: Iterable[Piece]) -> Float[Tensor, "C"]:
+        """`scores` of a recording by its `pieces`."""
+        return torch.stack([self.score(piece) for piece in pieces]).mean(0)
 
     @torch.inference_mode()
     def score(self, piece: Piece) -> Float[Tensor, "C"]:
@@ -174,6 +171,21 @@ class Tagger(nn.Module):
         )
 
     @torch.inference_mode()
+    def scores_and_events(
+        self, pieces: Iterable[Piece], *, threshold: float = 0.5, median: Seconds = 0.3
+    ) -> tuple[Float[Tensor, "C"], tuple[Event, ...]]:
+        """`scores` and `events` of a recording by its `pieces`, which are gone through once."""
+        rows = []
+
+        def heard() -> Iterator[Piece]:
+            for piece in pieces:
+                rows.append(self.score(piece))
+                yield piece
+
+        found = self.events_in(heard(), threshold=threshold, median=median)
+        return torch.stack(rows).mean(0), found
+
+    @torch.inference_mode()
     def frame_scores(self, pieces: Iterable[Piece]) -> tuple[Float[Tensor, "U C"], Seconds, Seconds]:
         """The score of every class in each encoder frame of a recording, how long one is, and how long the recording.
 
@@ -212,6 +224,22 @@ class Tagger(nn.Module):
                 yield Piece(start, len(frames), heard.frames, encoded)
                 if progress:
                     progress(self.seconds(start + len(frames)))
+
+    @torch.no_grad()
+    def clips(self, samples: Float[Tensor, "B N"], lengths: Int[Tensor, "B"]) -> Iterator[Iterable[Piece]]:
+        """The `pieces` of each of many clips, encoded together where none is longer than ``frames``."""
+        front = self._front()
+        enough = (self.frames + 1) * front.hop + front.mel.window  # to see whether a clip is longer, if it has hours
+        frames, counts = front.mel(samples[:, :enough], lengths.clamp(max=enough))
+        if frames.shape[1] > self.frames:
+            yield from (self.pieces(clip[:n]) for clip, n in zip(samples.cpu(), lengths.tolist(), strict=True))
+            return
+        with evaluating(self):
+            heard = self._normalised(keep_valid(frames, counts), counts)
+            encoded = self.encoder(heard.frames, None if self.filled else heard.lengths)
+        for row, count in enumerate(counts.tolist()):
+            own = EncoderOutput._make(None if part is None else part[row : row + 1] for part in encoded)
+            yield [Piece(0, count, heard.frames[row : row + 1], own)]
 
     def _cut(self, audio: Audio) -> Iterator[tuple[int, Float[Tensor, "T F"]]]:
         """Where each piece begins, and its frames; no more than two pieces are in memory."""

@@ -93,12 +93,21 @@ def test_a_wrong_command_exits_with_2_and_its_usage(capsys: pytest.CaptureFixtur
         (["stream", "m", "f", "--chunk-ms", "fast"], "must be a number of milliseconds above 0, but is fast"),
         (["stream", "m", "f", "--chunk-ms", "-40"], "must be a number of milliseconds above 0, but is -40"),
         (["transcribe", "m", "f", "--batch", "0"], "must be a whole number of at least 1, but is 0"),
+        (["serve", "m", "--port", "65536"], "must be a whole number from 0 to 65535, but is 65536"),
         (["transcribe", "m", "f", "--out", "o", "--format", "doc"], "invalid choice: 'doc'"),
         (["stream", "m"], "one of the arguments FILE --mic --list-devices is required"),
         (["stream", "m", "f", "--mic"], "not allowed with argument"),
     ]:
         status, out, err = output(capsys, *argv)
         assert (status, out) == (2, "") and err.startswith("usage: speechkit") and sentence in err
+
+
+def test_what_the_system_refuses_is_a_sentence_with_the_path(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    found = output(capsys, "transcribe", run, "a.wav", "--out", tmp_path / "file" / "texts")
+    assert_refused(found, r"file/texts must be read or written, but cannot be \(Not a directory\); check the path")
 
 
 def test_transcribe_prints_what_the_model_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +251,9 @@ def test_evaluate_measures_the_test_sets_of_a_run(run: Path, capsys: pytest.Capt
     assert lines[4]["words"][0]["word"] == heard[4].words[0].word and lines[4]["reference"] == "a bad cab"
 
 
-def test_evaluate_leaves_out_a_set_that_was_not_prepared(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_evaluate_leaves_out_a_set_that_was_not_prepared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = json.loads((run / "config.yaml").read_text())
     absent = {**config["data"]["test"]["own"], "path": str(tmp_path / "absent.jsonl")}

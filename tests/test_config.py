@@ -127,6 +127,20 @@ def test_wrong_override_is_one_sentence_that_names_it(tones: Path, override: str
     assert "\n" not in sentence
 
 
+def test_a_recipe_can_leave_to_the_command_what_the_catalogue_fills_in(tones: Path) -> None:
+    file = tones.with_name("open.yaml")
+    file.write_text(tones.read_text().replace("every: 4", "every: '???'").replace("name: tones", "init: ???"))
+    assert "init must be given" in refusal(config.compose, file, ["name=b"])
+    assert "checkpoint.every must be given" in refusal(config.compose, file, ["name=b", "init=null"])
+    composed = config.compose(file, ["init=runs/a", "checkpoint.every=5", "name=b", "encoder=conformer_s"])
+    assert (composed.init, composed.checkpoint.every, composed.run[-7:]) == ("runs/a", 5, "/runs/b")
+
+
+def test_a_config_that_stands_on_nothing_is_told_what_to_stand_on(tmp_path: Path) -> None:
+    (tmp_path / "bare.yaml").write_text("name: a\nseed: 1\n")
+    assert "must begin its defaults with /train, /tag or /pretrain" in refusal(config.compose, tmp_path / "bare.yaml")
+
+
 def test_misspelt_key_of_a_file_is_named_too(tones: Path) -> None:
     file = tones.with_name("misspelt.yaml")
     file.write_text(tones.read_text().replace("max_seconds: 4", "max_second: 4").replace("name: tones", "nmae: tones"))

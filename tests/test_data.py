@@ -159,6 +159,16 @@ def test_further_faults_are_counted(tmp_path: Path) -> None:
         read_corpus(manifest(tmp_path, "{", "{", {"audio": "a.wav", "text": "x"}, "{"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b"\xff\xfe{}"), ("a.jsonl.gz", b"{}\n"), ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])],
+)
+def test_manifests_that_are_no_text_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} must be text in UTF-8, or that compressed by gzip, but is not"):
+        read_corpus(tmp_path / name)
+
+
 def test_empty_and_absent_manifests_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold at least one utterance, but is empty"):
         read_corpus(manifest(tmp_path, ""))

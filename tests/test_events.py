@@ -139,6 +139,39 @@ def test_frame_scores_of_a_transformer_are_those_of_its_windows() -> None:
     assert len(scores) == 25 and torch.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("frames", [400, 150])
+def test_clips_that_are_heard_together_have_the_scores_and_events_they_have_alone(filled: bool, frames: int) -> None:
+    torch.manual_seed(1)
+    tagger = Tagger(
+        features=FrontEnd(mel=LogMel(bands=40)),
+        encoder=tiny(stride=8, frames=400),
+        labels=("a", "b", "c"),
+        frames=frames,
+        head=LinearSoftmax,
+        filled=filled,
+    ).eval()
+    tagger.head.linear.weight.data *= 4.0  # so that there are events
+    clips = [recording()[round(start * RATE) : round(end * RATE)] for start, end in ((0, 3.4), (2, 3.3), (7, 9.71))]
+    lengths = torch.tensor([len(clip) for clip in clips])
+    padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=torch.nan)
+    together = [tagger.scores_and_events(pieces) for pieces in tagger.clips(padded, lengths)]
+    assert sum(len(found) for _, found in together) >= 3
+    for clip, (scores, found) in zip(clips, together, strict=True):
+        torch.testing.assert_close(scores, tagger.scores(clip))
+        alone = tagger.events(clip)
+        assert [(e.label, e.start, e.end) for e in found] == [(e.label, e.start, e.end) for e in alone]
+        assert [e.score for e in found] == pytest.approx([e.score for e in alone], abs=1e-5)
+
+
+def test_a_long_clip_among_others_is_never_a_spectrogram_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tagger, sizes, stream = by_loudness(), [], LogMel.stream
+    monkeypatch.setattr(LogMel, "stream", lambda mel, x, *rest: sizes.append(x.shape[1]) or stream(mel, x, *rest))
+    both = tagger.clips(recording(30.0).expand(2, -1), torch.tensor([30 * RATE, RATE // 2]))
+    counts = [len(list(pieces)) for pieces in both]
+    assert counts[0] > counts[1] == 1 and max(sizes) <= 10 * RATE
+
+
 def test_a_threshold_that_is_none_is_refused() -> None:
     for wrong in ({"threshold": 0.0}, {"threshold": 1.0}, {"threshold": 0.4, "low": 0.5}):
         with pytest.raises(ValueError, match="must be above 0 and below 1, and low no higher"):

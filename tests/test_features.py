@@ -287,7 +287,7 @@ def test_mixed_precision_changes_no_feature(dtype: torch.dtype) -> None:
 def test_log_mel_says_which_setting_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"LogMel must have .* <= 4000, .* high_hz 8000; a high_hz of 0"):
         LogMel(sample_rate=8000, high_hz=8000.0)
-    with pytest.raises(ValueError, match=r"LogMel\.hop_seconds must be .* \(0.025\), .* but is 0.03"):
+    with pytest.raises(ValueError, match=r"LogMel\.hop_seconds must be .* at 16000 Hz .* \(0.025\), .* but is 0.03"):
         LogMel(hop_seconds=0.03)
     with pytest.raises(ValueError, match=r"FrontEnd\.norm must have the 80 bands of mel, but has 40; set its dim"):
         FrontEnd(mel=LogMel(), norm=GlobalNorm(dim=40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 # From the ground up. Some floors of the design have a step in them: everything stands on `types`, data on features, and
 # the tagger on what the recogniser does with recordings.
 FLOORS = (
-    ("types",),
+    ("types", "files"),
     ("stream", "audio", "text", "schema", "replay"),
     ("features", "events", "testing", "kernels", "traced", "graphs", "vad"),
     ("steps",),
@@ -88,6 +89,14 @@ def place(file: Path, line: int) -> str:
 
 def test_every_part_has_a_floor() -> None:
     assert {part(file) for file in FILES} <= FLOOR.keys()
+
+
+def test_the_design_shows_every_part_on_its_floor() -> None:
+    page = (PACKAGE.parent / "docs" / "design.md").read_text()
+    (floors,) = re.findall(r"^```\n( roof .*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert [
+        name for name in FLOOR if name != "app" and not re.search(rf"^ \d .*\b{name}\b", floors, re.MULTILINE)
+    ] == []
 
 
 def test_imports_go_down_only() -> None:

@@ -15,7 +15,6 @@ import torch
 from hearing import HERTZ, RATE
 from test_tag_events import listed, manifest, row
 from test_tagging import batch, tagger, task
-from test_train import home as run_folder
 from test_train import run
 from torch import Tensor
 
@@ -274,17 +273,32 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def strongly(scenes: Path) -> Path:
+    return run(scenes, "strongly")
+
+
+def test_dev_says_how_well_events_are_found_as_the_evaluation_of_its_best_model_does(
+    scenes: Path, strongly: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(strongly / "dev.csv", newline="") as file:
+        best = max(csv.DictReader(file), key=lambda line: float(line["mAP"]))
+    capsys.readouterr()
+    found = row(capsys, strongly, scenes.parents[3] / "dev.jsonl")
+    assert float(best["mAP"]) == pytest.approx(found["mean_average_precision"])
+    assert 0 < float(best["segment_f1"]) == pytest.approx(found["events"]["segment_micro"])
+
+
 def test_events_teach_when_sounds_are_heard_better_than_labels_of_clips_do(
-    scenes: Path, capsys: pytest.CaptureFixture[str]
+    scenes: Path, strongly: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = scenes.parents[3]
-    strongly = run(scenes, "strongly")
     weakly = run(scenes, "weakly", f"data.train.scenes.path={home / 'weak.jsonl'}")
     capsys.readouterr()
     one, other = (row(capsys, folder, home / "test.jsonl")["events"] for folder in (strongly, weakly))
     assert one["event_micro"] > max(0.6, other["event_micro"] + 0.2), (one, other)
     assert one["segment_micro"] > other["segment_micro"]
-    with open(run_folder(scenes, "strongly") / "train.csv", newline="") as file:
+    with open(strongly / "train.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert all(float(r["loss"]) == pytest.approx(float(r["clip"]) + float(r["events"]), rel=1e-4) for r in rows)
     assert float(rows[-1]["events"]) < float(rows[0]["events"])

@@ -19,6 +19,7 @@ import speechkit
 from speechkit import pictures
 from speechkit.app.tag_events import Finder, Timed
 from speechkit.data.corpora import events_of, labels_of, read_corpus
+from speechkit.encoders import AST
 from speechkit.metrics import event_hits
 from speechkit.types import Event
 
@@ -150,6 +151,21 @@ def test_scores_of_clips_and_events_are_those_of_the_tagger_and_each_piece_is_he
         for said, event in zip(line["events"], tagger.events(file), strict=True):
             assert said["label"] == event.label and said["start"] == pytest.approx(event.start, abs=1e-3)
             assert said["end"] == pytest.approx(event.end, abs=1e-3)
+
+
+def test_short_clips_with_events_are_heard_together_whether_their_events_are_known_or_not(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = []
+    for number, events in enumerate([[Event("low", 0.2, 0.8)], [], [Event("high", 0.5, 1.3), Event("low", 1.0, 1.4)]]):
+        hearing.sounds(tmp_path / f"{number}.wav", events, 1.5 + 0.2 * number, number)
+        lines += [{"audio": f"{number}.wav", "events": listed(events)}]
+        lines += [{"audio": f"{number}.wav", "id": f"again{number}", "labels": sorted({e.label for e in events})}]
+    clips, heard, forward = manifest(tmp_path / "clips.jsonl", lines), [], AST.forward
+    monkeypatch.setattr(AST, "forward", lambda self, x, *rest: heard.append(len(x)) or forward(self, x, *rest))
+    found = row(capsys, home / "one", clips, "--batch", "4")
+    assert heard == [4, 2] and found["mean_average_precision"] == 1 and found["events"]["event_micro"] == 1
+    assert found["clips"] == 6 and found["events"]["recordings"] == 3
 
 
 def test_a_set_is_measured_on_the_clips_that_have_events(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from speechkit.metrics import Tagging, d_prime, event_hits, segment_hits, tagging
+from speechkit.metrics import Errors, Score, Tagging, d_prime, draws, event_hits, inside, segment_hits, tagging
 from speechkit.metrics.events import matched
 from speechkit.types import Event
 
@@ -147,6 +147,30 @@ def test_a_measure_without_doubt_has_an_interval_without_width() -> None:
     assert found.interval(found.accuracy) == (1.0, 1.0)
     none = Tagging(("a",), np.zeros((3, 1), dtype=bool), np.ones((3, 1)))
     assert all(math.isnan(value) for value in none.interval(none.mean_average_precision))
+
+
+def test_errors_labels_and_events_that_say_the_same_have_the_same_doubt() -> None:
+    """Thirty clips with one word, label or event each, of which some were heard."""
+    right = np.random.default_rng(5).random(30) < 0.7
+    words = Score(tuple(Errors(hits=int(hit), substitutions=int(not hit)) for hit in right))
+    labels = Tagging(("a", "b"), np.eye(2, dtype=bool)[[0] * 30], np.eye(2)[np.where(right, 0, 1)], exclusive=True)
+    there = [[Event("a", 0.0, 1.0)]] * 30
+    events = event_hits(there, [[Event("a", 0.0 if hit else 5.0, 1.0 if hit else 6.0)] for hit in right], ("a",))
+    drawn = labels.drawn(labels.accuracy, seed=2)
+    assert drawn == pytest.approx([draw @ right / 30 for draw in draws(30, seed=2)])
+    assert [found.micro for found in events.drawn(seed=2)] == pytest.approx(drawn)
+    low, high = words.interval(seed=2)
+    assert (1 - high, 1 - low) == pytest.approx(inside(drawn))
+
+
+def test_an_interval_is_that_of_scipy() -> None:
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(6).exponential(size=50)
+    drawn = np.array([draw @ values / 50 for draw in draws(50, samples=20_000)])
+    theirs = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0))
+    assert inside(drawn) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
+    assert inside(drawn, float(np.median(drawn))) == pytest.approx(inside(drawn), abs=1e-3)
 
 
 def test_one_number_chooses_a_model() -> None:

@@ -112,6 +112,7 @@ def test_tensorboard_has_curves_transcripts_and_pictures(finished: Path) -> None
 
 def test_finished_run_has_the_better_of_the_best_and_the_mean(finished: Path) -> None:
     kept = checkpoints.best(finished)
+    assert checkpoints.averaged(finished, 2) == kept and checkpoints.averaged(finished, None) == kept[:1]
     candidates = [average(kept[:1]), average(kept)]
     ours = {f"model.{name}": weight for name, weight in load(finished).state_dict().items()}
     assert any(all(torch.equal(ours[k], one[k]) for k in ours) for one in candidates)
@@ -290,6 +291,26 @@ def test_average_is_the_mean_of_the_weights(tmp_path: Path) -> None:
     assert torch.equal(mean["w"], torch.full((2,), 3.0)) and mean["n"] == 0
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "asked", "count"),
+    [(1, None, 1), (3, None, 1), (6, None, 3), (8, None, 4), (10, None, 5), (40, None, 5), (5, 5, 5), (4, 2, 2)],
+)
+def test_models_from_the_first_half_of_a_short_run_are_not_averaged(
+    tmp_path: Path, evaluations: int, asked: int | None, count: int
+) -> None:
+    (tmp_path / "best").mkdir()
+    steps = [100 * (1 + number) for number in range(evaluations)]
+    for step in steps:  # a model that gets better and better
+        (tmp_path / "best" / f"error-{900 / step:06.2f}-step-{step:08d}.safetensors").touch()
+    (tmp_path / "dev.csv").write_text("\n".join(["step,batch,wer", *(f"{step},{step},0" for step in steps)]) + "\n")
+    chosen = [checkpoints.step_of(path) for path in checkpoints.averaged(tmp_path, asked)]
+    assert chosen == steps[::-1][:count]
+
+
+def test_a_run_that_was_never_evaluated_has_nothing_to_average(tmp_path: Path) -> None:
+    assert checkpoints.averaged(tmp_path, None) == checkpoints.averaged(tmp_path, 5) == []
+
+
 @pytest.mark.parametrize(("workers", "threads"), [(0, 4), (1, 3), (6, 1)])
 def test_workers_have_their_cores(workers: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
@@ -323,6 +344,23 @@ def test_part_with_other_symbols_starts_anew_by_name(tones: Path, finished: Path
     train(tones, [*changed, "fresh=[objective.head]", "optim.optimizer.lr=0"])
     anew = went_on_from(load(finished), load(home(tones, "more")), 6)
     assert anew == {"objective.head.weight", "objective.head.bias"}
+
+
+def test_a_start_from_another_kind_of_encoder_is_refused(tones: Path, finished: Path) -> None:
+    other = [f"init={finished}", "encoder=squeezeformer_tiny", "model.encoder.layers=3"]
+    sentence = refusal(train, tones, ["name=kinds", *other])
+    assert "encoder of the config, Squeezeformer, but" in sentence and "has Conformer; take its own with" in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tuning=bitfit", "model.tuning must have a model to change, but init is null; add init=MODEL"),
+        ("optim.optimizer.lr=-1", "optim.optimizer must be given what it takes, but: Invalid learning rate: -1"),
+    ],
+)
+def test_what_only_shows_when_it_is_built_is_refused_in_a_sentence(tones: Path, override: str, words: str) -> None:
+    assert words in refusal(train, tones, ["name=wrong", override])
 
 
 def test_weights_that_only_the_other_model_has_are_named(finished: Path) -> None:

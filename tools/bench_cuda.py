@@ -3,8 +3,9 @@
     python tools/bench_cuda.py > results.md      tests, ceilings, streaming tables, whole steps, compute-sanitizer
     python tools/bench_cuda.py --dry-run         the same lines on the CPU at tiny sizes, to see that they run
 
-Candidates are timed in turns within one run, each on its own copy of the same input; what is printed is the median and
-the quartiles in microseconds, and the share of the memory floor: bytes that must move, at the speed of a plain copy.
+Candidates are timed in turns within one run, on the same input; what is printed is the median and the quartiles in
+microseconds, and the share of the memory floor: bytes that must move, at the speed of a plain copy. In a graph a peer
+hears the same past again and again, which spares it the copy of its cache to where the next replay would read it.
 What no time is left for is said and left out.
 """
 
@@ -32,6 +33,7 @@ from transformers.models.nemotron_asr_streaming import NemotronAsrStreamingEncod
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 from bench_step import LOOKAHEADS, of_theirs  # noqa: E402
+from bench_stream_attn import PEERS, Layer, candidates  # noqa: E402
 from speechkit_kernels import cuda  # noqa: E402
 
 import speechkit  # noqa: E402
@@ -44,66 +46,8 @@ BEGIN, SECONDS = time.monotonic(), 570  # of the whole run
 SANITIZED = "equals and (49 or 36 or aligned or chunks or twenty or slopes or odd or gated)"  # small cases of the tests
 STREAMS = ((256, 16, 64), (1024, 16, 64), (4096, 16, 64), (256, 16, 256), (1024, 16, 256), (4096, 16, 256))
 FILTERS = ((1, 1), (1, 16), (16, 16), (256, 16), (1024, 16), (4096, 2))
+FLEX = ((1, 16, 64), (256, 16, 64))  # flex_attention compiles each size for seconds
 FEW = ((1, 16, 64), (4, 16, 64), (16, 16, 64), (1, 16, 256), (16, 16, 256), (16, 1, 70))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One call of a layer with H heads of width D, long after the streams began: every ring is full."""
-
-    streams: int
-    frames: int
-    left: int
-    heads: int = 8
-    width: int = 64
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cuda"
-
-    def noise(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.dtype, device=self.device)
-
-    def bytes(self) -> int:
-        """Remembered keys and values read, new ones read and written, queries read, results written."""
-        frames = 2 * self.left + (2 + 2 + 1 + 1) * self.frames
-        return self.streams * frames * self.heads * self.width * self.dtype.itemsize
-
-    def candidates(self) -> dict[str, Step]:
-        B, C, L, H, D = self.streams, self.frames, self.left, self.heads, self.width
-        q, k, v = (self.noise(B, C, H, D) for _ in range(3))
-        rel, u, w = self.noise(H, L + 2 * C - 1, D), self.noise(H, D), self.noise(H, D)
-        cache = self.noise(B, 2, H, L + C, D)
-        count = dict(dtype=torch.int32, device=self.device)
-        slots = torch.randperm(B, device=self.device).int()
-        pos, qlen = torch.full((B,), 10 * (L + C), **count), torch.full((B,), C, **count)
-        past = cache[slots.long()][:, :, :, C:]  # pos is a multiple of W, so the frame of time pos - L lies at C
-        scale = D**-0.5
-        options = {"rel": rel, "rel_zero": L + C - 1, "bias_u": u, "bias_v": w, "left": L, "scale": scale}
-
-        def ours() -> Tensor:
-            return torch.ops.speechkit.stream_attn(q, k, v, cache, slots, pos, qlen, **options)
-
-        def peer(attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Step:
-            keys, values = past[:, 0].clone(), past[:, 1].clone()
-
-            def step() -> Tensor:
-                all_keys = torch.cat([keys, k.transpose(1, 2)], 2)
-                all_values = torch.cat([values, v.transpose(1, 2)], 2)
-                band = (q + w).transpose(1, 2) @ rel.transpose(1, 2)  # [B, H, C, P]
-                rows = band.stride()
-                bias = band.as_strided((B, H, C, L + C), (rows[0], rows[1], rows[2] - 1, 1), C - 1)
-                out = attend((q + u).transpose(1, 2), all_keys, all_values, bias * scale)
-                keys.copy_(all_keys[:, :, C:]), values.copy_(all_values[:, :, C:])
-                return out.transpose(1, 2)
-
-            return step
-
-        def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            return torch.softmax(q @ k.transpose(2, 3) * scale + bias, -1) @ v
-
-        def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-
-        return {"stream_attn": ours, "eager, cat cache": peer(eager), "SDPA + bias, cat cache": peer(sdpa)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +61,10 @@ class Filter:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
 
-    def bytes(self) -> int:
+    def __str__(self) -> str:
+        return f"B={self.streams} C={self.frames}"
+
+    def bytes(self) -> float:
         """Values and gates read, results written, the memory read and written, filters read."""
         rows = self.streams * (3 * self.frames + 2 * (self.taps - 1)) + self.taps
         return rows * self.width * self.dtype.itemsize
@@ -179,23 +126,48 @@ def copy_speed(mebibytes: int, device: str) -> float:
     return 2 * source.numel() / time_of
 
 
-def table(calls: list[Layer] | list[Filter], reference: str, speed: float, rounds: int) -> None:
+def steps_of(call: Layer | Filter) -> tuple[dict[str, Step], dict[str, float]]:
+    """The candidates, and how far the first result of each is from the eager one's; on a GPU from a graph, too."""
+    if isinstance(call, Filter):
+        steps = call.candidates()
+        outs = {name: step().float() for name, step in steps.items()}
+        apart = {name: float((out - outs["eager"]).norm() / outs["eager"].norm()) for name, out in outs.items()}
+        again = call.candidates()
+    else:
+        flex = call.device == "cuda" and (call.B, call.C, call.L) in FLEX
+        names = [name for name in PEERS if name != "operator in PyTorch" and (flex or name != "flex+bias")]
+        skipped: dict[str, str] = {}
+        steps, apart = candidates(call, names, skipped)
+        for name, reason in skipped.items():
+            print(f"| {call} | {name} | does not run: {reason} | | | |")
+        again = {name: PEERS[name](call) for name in steps}
+    if call.device == "cuda":
+        for name, step in again.items():
+            try:
+                steps[f"{name}, graph"] = captured(step)
+            except RuntimeError as error:
+                print(f"| {call} | {name}, graph | cannot be captured: {str(error).splitlines()[0]} | | | |")
+    return steps, apart
+
+
+def table(calls: list[Layer] | list[Filter], speed: float, rounds: int) -> None:
     print("| call | candidate | median us | quartiles | share of floor | difference to eager |")
     print("|---|---|---|---|---|---|")
     for call in calls:
         if late():
             return
-        torch.manual_seed(0)
-        steps = call.candidates()
-        outs = {name: step().float() for name, step in steps.items()}
-        errors = {n: ((x - outs[reference]).norm() / outs[reference].norm()).item() for n, x in outs.items()}
-        if call.device == "cuda":
-            steps |= {f"{name}, graph": captured(step) for name, step in steps.items()}
+        steps, apart = steps_of(call)
         floor = call.bytes() / speed
         for name, (low, middle, high) in quartiles(steps, rounds, 5).items():
-            error = errors[name.removesuffix(", graph")]
-            what = f"B={call.streams} C={call.frames} " + (f"L={call.left}" if isinstance(call, Layer) else "")
-            cells = (what, name, f"{middle:.1f}", f"{low:.1f} to {high:.1f}", f"{floor / middle:.0%}", f"{error:.1e}")
+            error = apart[name.removesuffix(", graph")]
+            cells = (
+                str(call),
+                name,
+                f"{middle:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{floor / middle:.0%}",
+                f"{error:.1e}",
+            )
             print("|", " | ".join(cells), "|", flush=True)
 
 
@@ -288,7 +260,7 @@ def step_candidates(
 def launches(device: str) -> None:
     """What a launch costs when there is nothing to do."""
     one = torch.zeros(1, device=device)
-    tiny = Layer(1, 1, 1, heads=1, width=16, device=device).candidates()["stream_attn"]
+    tiny = PEERS["ours"](Layer(1, 1, 1, torch.bfloat16, device))
     small = Filter(1, 1, 2, 16, device=device).candidates()["conv_step"]
     steps: dict[str, Step] = {"empty operator": one.zero_, "smallest stream_attn": tiny, "smallest conv_step": small}
     if device == "cuda":
@@ -345,16 +317,16 @@ def main() -> None:
         print(f"correctness: {tests()}\n", flush=True)
     speed = copy_speed(8 if dry else 2048, device)
     print(f"copy: {speed / 1e6:.2f} TB/s read and written\n")
-    few = [Layer(*size, device=device) for size in (((2, 3, 5), (1, 16, 64)) if dry else FEW)]
-    table(few, "eager, cat cache", speed, 3 if dry else 100)
+    few = [Layer(*size, torch.bfloat16, device) for size in (((2, 3, 5), (1, 16, 64)) if dry else FEW)]
+    table(few, speed, 3 if dry else 100)
     launches(device)
     print()
     filters = [Filter(*size, device=device) for size in (((2, 3),) if dry else FILTERS)]
-    table(filters, "eager", speed, 3 if dry else 30)
+    table(filters, speed, 3 if dry else 30)
     whole_steps(device, *((64, 1, (2,)) if dry else (1024, 24, (1, 16, 256, 1024))), rounds=2 if dry else 10)
     if not dry:
         print()
-        table([Layer(*size) for size in STREAMS], "eager, cat cache", speed, 20)
+        table([Layer(*size, torch.bfloat16, device) for size in STREAMS], speed, 20)
         print("\nvariants of these calls, for building ahead of time:\n")
         print(*cuda.used(), sep="\n")
         sanitize()

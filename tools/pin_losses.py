@@ -86,6 +86,10 @@ def pin(recipe: Path) -> None:
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:] or sorted((ROOT / "recipes").iterdir()):
-        if Path(given, "conf").is_dir():
-            pin(Path(given))
+    recipes = [Path(given) for given in sys.argv[1:]] or [conf.parent for conf in sorted(ROOT.glob("recipes/*/conf"))]
+    for recipe in recipes:
+        if not (recipe / "conf").is_dir():
+            sys.exit(
+                f"A recipe must be a folder with conf in it, but {recipe} is not; name recipes/digits, for example."
+            )
+        pin(recipe)

@@ -43,6 +43,7 @@ FLAGS = (
 LINK = ("-shared", "-ltorch_cpu", "-ldl")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 X86_64 = {
+    "amx": (*AVX512, "-mavx512bf16", "-DSPEECHKIT_TILES"),  # whose instructions are written out: no option is needed
     "avx512bf16": (*AVX512, "-mavx512bf16"),
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -51,17 +52,22 @@ X86_64 = {
 ISAS: dict[str, tuple[str, ...]] = X86_64 if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
 
 
+def isas(operator: str) -> list[str]:
+    """The instruction sets an operator is compiled for, best first: tiles (AMX) multiply attention's bfloat16 alone."""
+    return [isa for isa in ISAS if isa != "amx" or operator == "stream_attn"]
+
+
 class Unit(NamedTuple):
     """One run of the compiler: a source, and the instruction set it is compiled for ('' for the baseline's, once)."""
 
     source: str
     isa: str = ""
-    flags: tuple[str, ...] = ()
 
     def arguments(self) -> list[str]:
         """Everything but what to read and write."""
-        own = [f"-DSPEECHKIT_ISA={self.isa}", *self.flags] if self.isa else []
-        return [*FLAGS, "-DSPEECHKIT_ISAS(X)=" + " ".join(f"X({isa})" for isa in ISAS), *own]
+        own = [f"-DSPEECHKIT_ISA={self.isa}", *ISAS[self.isa]] if self.isa else []
+        known = ISAS if self.source == "library.cpp" else isas(self.source.split(".")[0].removesuffix("_op"))
+        return [*FLAGS, "-DSPEECHKIT_ISAS(X)=" + " ".join(f"X({isa})" for isa in known), *own]
 
 
 # A source compiled once per ISA puts all it defines into the namespace SPEECHKIT_ISA and includes no header with inline
@@ -70,13 +76,13 @@ class Unit(NamedTuple):
 UNITS = (
     Unit("library.cpp"),
     Unit("conv_step_op.cpp"),
-    *(Unit("conv_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    *(Unit("conv_step.cpp", isa) for isa in isas("conv_step")),
     Unit("stream_attn_op.cpp"),
-    *(Unit("stream_attn.cpp", isa, flags) for isa, flags in ISAS.items()),
+    *(Unit("stream_attn.cpp", isa) for isa in isas("stream_attn")),
     Unit("linear_step_op.cpp"),
-    *(Unit(f"linear_step{form}.cpp", isa, flags) for form in ("", "_packed") for isa, flags in ISAS.items()),
+    *(Unit(f"linear_step{form}.cpp", isa) for form in ("", "_packed") for isa in isas("linear_step")),
     Unit("subsample_step_op.cpp"),
-    *(Unit("subsample_step.cpp", isa, flags) for isa, flags in ISAS.items()),
+    *(Unit("subsample_step.cpp", isa) for isa in isas("subsample_step")),
     Unit("gpu.cpp"),
     Unit("conv_step_gpu.cpp"),
     Unit("stream_attn_gpu.cpp"),

@@ -132,8 +132,8 @@ def _serving(operator: str, device: str) -> Serving:
     name = instruction_set() if device == "cpu" else None
     if name is None:
         return Serving(operator, device, "compiled", "")
-    faster = list(build.ISAS)[: list(build.ISAS).index(name)]
-    because = (
-        f"{' and '.join(faster)} would be faster, but this CPU lacks it or instruction_set({name!r}) ruled it out."
-    )
-    return Serving(operator, device, name, because if faster else "")
+    sets = build.isas(operator)
+    used = sets.index(name) if name in sets else 0
+    better = " and ".join(sets[:used])
+    because = f"{better} would come first, but this machine lacks it or instruction_set({name!r}) ruled it out."
+    return Serving(operator, device, sets[used], because if used else "")

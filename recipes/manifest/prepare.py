@@ -19,18 +19,16 @@ subwords.model                     a SentencePiece model, with --subwords
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lhotse import CutSet
 from lhotse.cut import Cut
 from rich.console import Console
 from rich.table import Table
 
 from speechkit.data.augment import chance
-from speechkit.data.corpora import read_corpus, speaker_of, split_of, text_of
+from speechkit.data.corpora import read_corpus, speaker_of, split_of, text_of, write_manifest
 from speechkit.text import normalise, train_sentencepiece
 
 SPLITS = ("train", "dev", "test")
@@ -70,7 +68,7 @@ def prepare(
         cuts = [cut.map_supervisions(lambda said: said.transform_text(normalise)) for cut in cuts]
     splits = split(cuts, shares={"dev": dev, "test": test}, seed=seed)
     for name, chosen in splits.items():
-        _write(CutSet(chosen), out / f"{name}.jsonl")
+        write_manifest(out / f"{name}.jsonl", (cut.to_dict() for cut in chosen))
     characters = sorted({character for cut in cuts for character in text_of(cut)} | {" "})
     (out / "characters.txt").write_text("".join(characters) + "\n", encoding="utf-8")
     if subwords:
@@ -120,13 +118,6 @@ def _by_speaker(cuts: Sequence[Cut], seed: int) -> list[list[Cut]]:
     for cut in cuts:
         groups[(enough and speaker_of(cut)) or f"utterance {cut.id}"].append(cut)
     return [groups[name] for name in sorted(groups, key=lambda name: chance(seed, name).random())]
-
-
-def _write(cuts: CutSet, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part.jsonl")
-    cuts.to_file(draft)
-    os.replace(draft, path)
 
 
 def _report(splits: dict[str, list[Cut]], characters: Sequence[str], out: Path) -> None:

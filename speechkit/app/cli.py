@@ -45,8 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        print(f"speechkit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"speechkit: {_sentence(error)}", file=sys.stderr)
         return 1
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} must be read or written, but cannot be ({error.strerror}); check the path."
+    return " ".join(str(error).split())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,7 +199,7 @@ def _serve(verbs: argparse._SubParsersAction, common: argparse.ArgumentParser) -
     verb.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
     )
-    verb.add_argument("--port", type=int, default=8765, help="(default 8765; 0 takes any that is free)")
+    verb.add_argument("--port", type=_port, default=8765, help="(default 8765; 0 takes any that is free)")
     verb.add_argument(
         "--token",
         default=os.environ.get("SPEECHKIT_TOKEN"),
@@ -234,6 +240,12 @@ def _lazy(module: str, function: str):
         return getattr(home, function)(**options)
 
     return run
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, but is {text}")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -142,11 +142,11 @@ class _Job:
         return Result(ids, self._found(there, heard), self._timed(there, heard), seconds, spent)
 
     def _groups(self, batch: int) -> Iterator[list[Cut]]:
-        """Clips that are heard together: short ones without events, the shortest first; all others are alone."""
+        """Clips that are heard together, the shortest first; those that are heard in pieces are alone."""
         longest = self.tagger.seconds(self.tagger.frames)
-        together = [cut for cut in self.cuts if cut.duration <= longest and cut.id not in self.timed]
+        together = [cut for cut in self.cuts if cut.duration <= longest]
         yield from groups(sorted(together, key=lambda cut: cut.duration), batch)
-        yield from ([cut] for cut in self.cuts if cut.duration > longest or cut.id in self.timed)
+        yield from ([cut] for cut in self.cuts if cut.duration > longest)
 
     def _clip(self, cut: Cut) -> torch.Tensor:
         samples = load_samples(cut, self.tagger.sample_rate)
@@ -160,13 +160,15 @@ class _Job:
     def _heard(self, clips: dict[str, torch.Tensor]) -> list[Heard]:
         if not clips:
             return []
-        if clips.keys() & self.timed:  # then it is one
-            scores, found = self.finder(self.tagger, *clips.values())
-            return [(scores.double().numpy(), found)]
         device, rows = next(self.tagger.head.parameters()).device, list(clips.values())
         samples = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
-        return [(row, None) for row in self.tagger.clip_scores(samples.to(device), lengths.to(device)).double().numpy()]
+        heard: list[Heard] = []
+        for name, pieces in zip(clips, self.tagger.clips(samples.to(device), lengths.to(device)), strict=True):
+            timed = name in self.timed
+            scores, found = self.finder(self.tagger, pieces) if timed else (self.tagger.scores_in(pieces), None)
+            heard.append((scores.double().numpy(), found))
+        return heard
 
     def _found(self, cuts: Sequence[Cut], heard: dict[str, Heard]) -> Tagging:
         labels = self.tagger.labels

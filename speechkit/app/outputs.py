@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speechkit.app.formats import FORMATS, SUFFIXES, json_line, table
+from speechkit.files import replacing, to_disk
 from speechkit.types import Transcript, Word
 
 
@@ -89,7 +90,9 @@ class Folder:
     def __call__(self, file: str, transcript: Transcript, rtf: float) -> None:
         contents = {path: FORMATS[name](file, transcript) for name, path in self.paths(file).items()}
         for path, content in contents.items():
-            _replace(path, content)
+            with replacing(path) as draft:
+                draft.write_text(content, encoding="utf-8")
+                to_disk(draft)
         self._part(file).unlink(missing_ok=True)
         print(f"{file}: {', '.join(map(str, contents))}", flush=True)
 
@@ -128,8 +131,7 @@ class Part:
     def _write(self, record: dict[str, Any]) -> None:
         with open(self.path, "ab") as file:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        to_disk(self.path)
 
 
 def _whole(line: bytes) -> dict[str, Any] | None:
@@ -147,12 +149,3 @@ def _record(transcript: Transcript) -> dict[str, Any]:
 
 def _transcript(record: dict[str, Any]) -> Transcript:
     return Transcript(record["text"], tuple(Word(*word) for word in record["words"]), record["seconds"])
-
-
-def _replace(path: Path, content: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,17 +31,9 @@ class Finder:
     threshold: float
     median: Seconds
 
-    def __call__(self, tagger: Tagger, samples: torch.Tensor) -> tuple[torch.Tensor, tuple[Event, ...]]:
-        """The scores of a recording and its events, as `Tagger.scores` and `Tagger.events` give them, heard once."""
-        rows = []
-
-        def heard() -> Iterator[Piece]:
-            for piece in tagger.pieces(samples):
-                rows.append(tagger.score(piece))
-                yield piece
-
-        found = tagger.events_in(heard(), threshold=self.threshold, median=self.median)
-        return torch.stack(rows).mean(0), found
+    def __call__(self, tagger: Tagger, pieces: Iterable[Piece]) -> tuple[torch.Tensor, tuple[Event, ...]]:
+        """The scores and the events of a recording."""
+        return tagger.scores_and_events(pieces, threshold=self.threshold, median=self.median)
 
 
 @dataclass(frozen=True)

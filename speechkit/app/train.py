@@ -47,6 +47,10 @@ def train(config: str | Path, overrides: Sequence[str] = ()) -> None:
         ValueError: for a wrong config, missing data, a run folder with another config, or a loss that is not finite.
     """
     settings = configs.compose(config, overrides)
+    if settings.model.get("tuning") is not None and settings.init is None:
+        raise ValueError(
+            "model.tuning must have a model to change, but init is null; add init=MODEL to the command, or tuning=none."
+        )
     _require_data(settings, Path(config))
     fit(settings)
 
@@ -66,7 +70,7 @@ def fit(settings: DictConfig) -> None:
     trainer = _trainer(settings, run, console, checkpoints.step_of(state) if state else 0)
     leave_cores(settings.data.workers)
     trainer.fit(task, data, ckpt_path=state)
-    _finish(trainer, task, data, run, console)
+    _finish(trainer, task, data, checkpoints.averaged(run, settings.checkpoint.get("best")), console)
     save(model, settings)
     console.print(f"The model is in [bold]{run}[/].")
 
@@ -180,6 +184,12 @@ def warm_start(model: nn.Module, other: nn.Module, name: str, fresh: Sequence[st
         ValueError: naming weights that are in one of the models only, or of another shape, and not in a fresh part.
     """
     alone = not hasattr(other, "encoder")
+    wanted_kind, kind = (type(encoder).__name__ for encoder in (model.encoder, other if alone else other.encoder))
+    if kind != wanted_kind and "encoder" not in fresh:
+        raise ValueError(
+            f"init must have the encoder of the config, {wanted_kind}, but {name} has {kind}; take its own with "
+            f"model.features=null model.encoder=null."
+        )
     given = {f"encoder.{k}": v for k, v in other.state_dict().items()} if alone else other.state_dict()
     same = type(other) is type(model) and getattr(other, "labels", None) == getattr(model, "labels", None)
     parts = {k.split(".")[0] for k in given if same or k.startswith(("features.", "encoder."))}
@@ -258,13 +268,12 @@ def _trainer(settings: DictConfig, run: Path, console: Console, step: int) -> Tr
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:
-        message = " ".join(str(error).split()).rstrip(".")
+        message = " ".join(str(error).split()).rstrip(".!")
         raise ValueError(f"trainer must fit this machine, but: {message}; trainer=cpu runs anywhere.") from error
 
 
-def _finish(trainer: Trainer, task: Any, data: Any, run: Path, console: Console) -> None:
+def _finish(trainer: Trainer, task: Any, data: Any, kept: Sequence[Path], console: Console) -> None:
     """Leave the better of two in the model: the best single one on dev, or the mean of the best ones."""
-    kept = checkpoints.best(run)
     tried: list[tuple[float, str, Mapping[str, Tensor]]] = []
     for name, paths in (("the best one", kept[:1]), (f"the mean of the best {len(kept)}", kept)):
         if paths and len(paths) > len(tried):

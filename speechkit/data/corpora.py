@@ -42,6 +42,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from speechkit import audio
+from speechkit.files import replacing
 from speechkit.types import Event, Seconds
 
 TOLERANCE: Seconds = 0.05  # manifests round, and lossy codecs pad
@@ -244,7 +245,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path} must be a manifest, but there is no such file; prepare the corpus, or correct the path."
         )
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        try:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(
+                f"{path} must be text in UTF-8, or that compressed by gzip, but is not ({error}); write it again."
+            ) from error
 
 
 def _cut(line: str, folder: Path, transcribed: bool) -> Cut:
@@ -355,10 +361,8 @@ def _files(cut: Cut) -> list[str]:
 
 def write_manifest(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a manifest whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def once(folder: Path, settings: Mapping[str, Any], prepare: Callable[[], None]) -> bool:

@@ -64,8 +64,8 @@ class LogMel(nn.Module):
         self.window, self.hop = (int(sample_rate * seconds + 1e-6) for seconds in (window_seconds, hop_seconds))
         if not 1 <= self.hop <= self.window:
             raise ValueError(
-                f"LogMel.hop_seconds must be at least one sample and at most window_seconds ({window_seconds}), or "
-                f"samples are skipped, but is {hop_seconds}."
+                f"LogMel.hop_seconds must be at least one sample at {sample_rate} Hz and at most window_seconds "
+                f"({window_seconds}), or samples are skipped, but is {hop_seconds}; 0.01 and 16000 Hz are customary."
             )
         self.sample_rate, self.dim, self.floor = sample_rate, bands, floor
         self.fft = 1 << (self.window - 1).bit_length()

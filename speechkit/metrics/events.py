@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from speechkit.metrics.intervals import draws
 from speechkit.types import Event, Seconds
 
 Recordings = Sequence[Sequence[Event]]
@@ -45,12 +46,11 @@ class Found:
         return self.counts[..., 2].sum(0)
 
     def drawn(self, *, samples: int = 1000, seed: int = 0) -> Iterator[Found]:
-        """The sums of so many draws of as many recordings, with replacement: what `speechkit.metrics.inside` makes an
-        interval of."""
+        """The sums of so many draws of as many recordings, with replacement."""
         count, *shape = self.counts.shape
-        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
         # Counts are exact in float64, and numpy has no BLAS for matrices of integers.
-        sums = draws.astype(np.float64) @ self.counts.reshape(count, -1).astype(np.float64)
+        drawn = np.array(list(draws(count, samples=samples, seed=seed)), dtype=np.float64)
+        sums = drawn @ self.counts.reshape(count, -1).astype(np.float64)
         yield from (Found(self.labels, row.reshape(1, *shape)) for row in sums.astype(np.int64))
 
     @property

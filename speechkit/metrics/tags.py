@@ -15,6 +15,8 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from speechkit.metrics.intervals import draws, inside
+
 Measure = Callable[[Int[np.ndarray, "B"] | None], float]
 
 
@@ -119,24 +121,12 @@ class Tagging:
     def interval(
         self, measure: Measure, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0
     ) -> tuple[float, float]:
-        """A confidence interval of a measure, by drawing clips anew; see `inside`.
-
-        Clips are taken to be independent: with several of one recording it is too narrow.
-
-        Args:
-            measure: for example ``tagging.accuracy``.
-            confidence: that the measure on other clips like these falls inside, above 0 and below 1.
-
-        Raises:
-            ValueError: where ``confidence`` is not between 0 and 1.
-        """
-        return inside(self.drawn(measure, samples=samples, seed=seed), measure(None), confidence)
+        """A confidence interval of a measure such as ``tagging.accuracy``, by drawing clips anew; see `inside`."""
+        return inside(self.drawn(measure, samples=samples, seed=seed), measure(None), confidence=confidence)
 
     def drawn(self, measure: Measure, *, samples: int = 1000, seed: int = 0) -> Float[np.ndarray, "N"]:
         """A measure of so many draws of as many clips, with replacement."""
-        dice, n = np.random.default_rng(seed), len(self.scores)
-        draws = (np.bincount(dice.integers(n, size=n), minlength=n) for _ in range(samples))
-        return np.array([measure(draw) for draw in draws])
+        return np.array([measure(draw) for draw in draws(len(self.scores), samples=samples, seed=seed)])
 
     @cached_property
     def decisions(self) -> Bool[np.ndarray, "B C"]:
@@ -209,23 +199,6 @@ def tagging(scores: Float[np.ndarray, "B C"], targets: Float[np.ndarray, "B C"],
     """Accuracy where classes exclude each other, else mean average precision over the classes that are there."""
     found = Tagging(range(scores.shape[1]), targets > 0.5, scores, exclusive)  # type: ignore[arg-type]
     return {"accuracy": found.accuracy()} if exclusive else {"mAP": found.mean_average_precision()}
-
-
-def inside(drawn: Float[np.ndarray, "N"], value: float, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of a value that draws give, their bias corrected (BC percentiles, Efron 1981, equation 3).
-
-    A draw has clips twice, and average precision likes that: uncorrected, intervals of few clips lie too high.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"interval.confidence must be above 0 and below 1, but is {confidence}; 0.95 is customary.")
-    drawn, normal = drawn[~np.isnan(drawn)], NormalDist()
-    if not len(drawn):
-        return math.nan, math.nan
-    least = 0.5 / len(drawn)
-    below = np.clip((np.mean(drawn < value) + np.mean(drawn <= value)) / 2, least, 1 - least)
-    shift, width = 2 * normal.inv_cdf(float(below)), normal.inv_cdf((1 + confidence) / 2)
-    low, high = np.quantile(drawn, [normal.cdf(shift - width), normal.cdf(shift + width)])
-    return float(low), float(high)
 
 
 def d_prime(auc: float) -> float:

@@ -11,6 +11,8 @@ from functools import cached_property
 import jiwer
 import numpy as np
 
+from speechkit.metrics.intervals import draws, inside
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -70,28 +72,11 @@ class Score:
         return self.total.rate
 
     def interval(self, *, confidence: float = 0.95, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """A confidence interval of the rate, by drawing utterances anew (Bisani & Ney 2004).
-
-        Utterances are taken to be independent, so with few speakers it is too narrow.
-
-        Args:
-            confidence: that the rate on other utterances like these falls inside, above 0 and below 1.
-            samples: sets of utterances drawn.
-            seed: of the draws.
-
-        Raises:
-            ValueError: where ``confidence`` is not between 0 and 1.
-        """
-        if not 0 < confidence < 1:
-            raise ValueError(
-                f"interval.confidence must be above 0 and below 1, but is {confidence}; 0.95 is customary."
-            )
+        """A confidence interval of the rate, by drawing utterances anew (Bisani & Ney 2004); see `inside`."""
         counts = np.array([(found.errors, found.words) for found in self.utterances])
-        dice, n = np.random.default_rng(seed), len(counts)
-        sums = np.array([counts[dice.integers(n, size=n)].sum(0) for _ in range(samples)])
+        sums = np.array([draw @ counts for draw in draws(len(counts), samples=samples, seed=seed)])
         rates = sums[:, 0] / np.maximum(sums[:, 1], 1)  # a draw of empty references alone counts its insertions
-        low, high = np.quantile(rates, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return float(low), float(high)
+        return inside(rates, confidence=confidence)
 
     def worst(self, count: int) -> list[int]:
         """The utterances with most errors, most first; of equally many, the one with the higher rate."""

@@ -8,7 +8,6 @@ what its allow-list names. Models of other toolkits are read by one file each: `
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from speechkit.autoencoder import MaskedAutoencoder
 from speechkit.config import build_model, plain
 from speechkit.encoders import AST, Conformer, Wav2Vec2
+from speechkit.files import to_disk
 from speechkit.layers import shrink
 from speechkit.pretrained import ast, audiomae, foreign, hf, hub, nemotron, passt, wav2vec2
 from speechkit.pretrained.weights import CONFIG, PICKLES, WEIGHTS, fill, holds_weights, read, some, tensors_of
@@ -169,10 +169,10 @@ def load_recogniser(folder: str | Path) -> Recogniser:
     model = load(folder)
     if not isinstance(model, Recogniser):
         kind = "a tagger" if isinstance(model, Tagger) else "an encoder"
+        use = "use it with speechkit tag" if isinstance(model, Tagger) else "use it from Python with speechkit.load"
         raise ValueError(
-            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; use it from Python with "
-            f"speechkit.load, or name a model that speechkit trained, or one of the wav2vec family (ForCTC) and its "
-            f"vocab.json."
+            f"{folder} must hold a recogniser, but holds {kind}, which writes no text; {use}, or name a model that "
+            f"speechkit trained, or one of the wav2vec family (ForCTC) and its vocab.json."
         )
     return model
 
@@ -212,8 +212,7 @@ def _write(model: Trained, config: Mapping[str, Any], folder: Path) -> None:
     if isinstance(model, Recogniser):
         model.tokenizer.save(folder)
     for file in folder.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written)
+        to_disk(file)
 
 
 def _replace(folder: Path, draft: Path) -> None:
@@ -256,7 +255,8 @@ def _described(folder: Path, config: Mapping[str, Any]) -> Trained:
 
 
 def _undescribed(folder: Path, error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
     return ValueError(
-        f"{folder / CONFIG} must be what save() wrote, but no model can be built from it ({str(error).rstrip('.')}); "
+        f"{folder / CONFIG} must be what save() wrote, but no model can be built from it ({reason}); "
         f"copy the model folder again."
     )

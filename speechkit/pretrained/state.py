@@ -7,7 +7,6 @@ none: a killed process or a full disk leaves the earlier one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from speechkit.files import replacing, to_disk
 
 SUFFIX = ".safetensors"
 
@@ -46,15 +47,12 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
     """
     path, tensors = Path(path), dict[str, Tensor]()
     structure = json.dumps(_pack(state, tensors, ""))
-    draft = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, draft, metadata={"structure": structure})
-        _to_disk(draft)
-        os.replace(draft, path)
-        _to_disk(path.parent)
+        with replacing(path) as draft:
+            save_file(tensors, draft, metadata={"structure": structure})
+            to_disk(draft)
+        to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
         raise ValueError(
             f"{path} must be written, but the disk refused ({error}); earlier states are untouched: "
             f"make room, and the same command continues from the last one."
@@ -85,14 +83,6 @@ def average(paths: Sequence[str | Path]) -> dict[str, Tensor]:
             mean = torch.stack([weight.double(), *(other[name].double() for other in others)]).mean(0)
             first[name] = mean.to(weight.dtype)
     return first
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # JSON knows lists, texts as keys, and no tensors: the rest is an object with one of these keys.

@@ -53,7 +53,7 @@ class PrefixScores(NamedTuple):
         end = self.lengths[:, None, None].expand(-1, self.last.shape[1], 1)
         return self._all().gather(-1, end)[..., 0]
 
-    def select(self, rows: Int[Tensor, "b"]) -> PrefixScores:
+    def select(self, rows: Int[Tensor, "R"]) -> PrefixScores:
         """The scores of some utterances, in their order."""
         return self if len(rows) == len(self.lengths) else take(self, rows.tolist())
 

@@ -104,9 +104,11 @@ class Optim:
             if weight.requires_grad:
                 groups.setdefault(((rates or {}).get(name, 1.0), weight.dim() > 1), []).append(weight)
         fastest_first = sorted(groups, reverse=True)  # what is reported as the rate is that of the first
-        optimizer = self.optimizer(
-            [{"params": groups[key], **({} if key[1] else {"weight_decay": 0.0})} for key in fastest_first]
-        )
+        rows = [{"params": groups[key], **({} if key[1] else {"weight_decay": 0.0})} for key in fastest_first]
+        try:
+            optimizer = self.optimizer(rows)
+        except ValueError as error:
+            raise ValueError(f"optim.optimizer must be given what it takes, but: {error}; correct that key.") from error
         for group, (rate, _) in zip(optimizer.param_groups, fastest_first, strict=True):
             group["lr"] *= rate
         return optimizer, LambdaLR(optimizer, self.schedule)

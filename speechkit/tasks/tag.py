@@ -17,7 +17,7 @@ from speechkit import metrics
 from speechkit.stream import ceil_div, valid
 from speechkit.tagger import Tagger
 from speechkit.tasks.base import Optim, Parts, Task
-from speechkit.types import EncoderOutput, Seconds, TagBatch, Timing
+from speechkit.types import EncoderOutput, Event, Seconds, TagBatch, Timing
 
 Rows = Float[Tensor, "B *_"]
 
@@ -72,6 +72,13 @@ def frame_targets(events: Timing, shape: Sequence[int], seconds: Seconds) -> Flo
     heard = torch.zeros(clips, classes, frames, device=shares.device)
     heard = heard.index_put((events.clips, events.classes), shares, accumulate=True)
     return heard.clamp(max=1).mT  # events of one class may overlap
+
+
+def listed(events: Timing, clip: int, labels: Sequence[str]) -> tuple[Event, ...]:
+    """The events of one clip."""
+    own = events.clips == clip
+    rows = zip(events.classes[own].tolist(), events.times[own].tolist(), strict=True)
+    return tuple(Event(labels[row], start, end) for row, (start, end) in rows)
 
 
 class Tag(Task):
@@ -162,13 +169,21 @@ class Tag(Task):
     def on_validation_epoch_start(self) -> None:
         self._scores: list[Tensor] = []
         self._targets: list[Tensor] = []
+        self._timed: list[tuple[tuple[Event, ...], ...]] = []  # what is there, and what was found
 
     def validation_step(self, batch: TagBatch, index: int) -> Float[Tensor, "B C"]:
         """The scores of the clips, the long ones heard piece by piece."""
-        scores = self.model.clip_scores(batch.samples, batch.sample_lengths)
-        self._scores.append(scores)
+        rows = []
+        for row, pieces in enumerate(self.model.clips(batch.samples, batch.sample_lengths)):
+            if batch.events is None or not batch.events.known[row]:
+                rows.append(self.model.scores_in(pieces))
+                continue
+            scores, found = self.model.scores_and_events(pieces)
+            rows.append(scores)
+            self._timed.append((listed(batch.events, row, self.model.labels), found))
+        self._scores.append(torch.stack(rows))
         self._targets.append(batch.targets.cpu())
-        return scores
+        return self._scores[-1]
 
     def on_validation_epoch_end(self) -> None:
         scores, targets = (torch.cat(self.from_all(rows)) for rows in (self._scores, self._targets))
@@ -176,6 +191,9 @@ class Tag(Task):
         right = targets * known.log() + (0 if self.model.exclusive else (1 - targets) * (1 - known).log())
         loss = -(right.sum(1).mean() if self.model.exclusive else right.mean())
         values = {"loss": float(loss), **metrics.tagging(scores.numpy(), targets.numpy(), self.model.exclusive)}
+        if timed := self.from_all(self._timed):
+            there, found = zip(*timed, strict=True)
+            values["segment_f1"] = metrics.segment_hits(there, found, self.model.labels).micro
         self.log_dict({f"dev/{name}": value for name, value in values.items()}, logger=False)  # for early stopping
         self.report("dev", values)
 

@@ -11,9 +11,11 @@ import torch
 from cuda_emulator import emulator as emulator  # one for all modules: its operators can be defined once
 from instruction_sets import instruction_set
 from speechkit_kernels import build, plain
+from tiles_emulator import tiles as tiles
+from tiles_emulator import tiles_of_this_machine as tiles_of_this_machine
 
 
-@pytest.fixture(params=build.ISAS)
+@pytest.fixture(params=build.isas("conv_step"))
 def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The operator, with each instruction set this machine has."""
     with instruction_set(request.param):

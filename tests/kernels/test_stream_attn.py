@@ -21,14 +21,18 @@ from speechkit.stream import Context, Span
 Call = dict[str, Any]
 Operator = Callable[..., Tensor]
 PLAIN = "plain"
+EMULATED = "amx, emulated"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 OPTIONS = ("keep", "q_pos", "bias_u", "bias_v", "rel", "key_bias", "slopes")
 
 
-@pytest.fixture(params=[*build.ISAS, PLAIN])
+@pytest.fixture(params=[*build.ISAS, EMULATED, PLAIN])
 def operator(request: pytest.FixtureRequest) -> Iterator[Operator]:
     if request.param == PLAIN:
         yield plain.stream_attn
+        return
+    if request.param == EMULATED:
+        yield request.getfixturevalue("tiles").stream_attn
         return
     with instruction_set(request.param):
         yield torch.ops.speechkit.stream_attn

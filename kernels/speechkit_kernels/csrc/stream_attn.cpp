@@ -207,6 +207,7 @@ struct Rows {  // rows of keys or values: row j < end[0] lies in stretch 0, and 
 
 template <class E>
 class Worker {
+ protected:
   using Real = typename E::Real;
   using Number = typename E::Number;
   using Words = typename E::Words;
@@ -240,7 +241,7 @@ class Worker {
         copied(width != a.D || size_of(a.q.type) != sizeof(Number)),
         free(scratch) {
     take(content, L * width), take(position, L * width);
-    take(turned_content, L * width), take(turned_position, L * width);
+    take(turned_content, L * (width + kSpan)), take(turned_position, L * (width + kSpan));
     take(result, L * width);
     take(scores, L * (a.W + L + kBlock)), take(band, L * kBand), take(bias, a.W + L + kBlock);
     take(row, width), take(shift, width);
@@ -261,7 +262,7 @@ class Worker {
     }
   }
 
- private:
+ protected:
   struct Head {
     int64_t b, g, h;
     bool first;  // of those that share its keys
@@ -482,8 +483,8 @@ class Worker {
   }
 
   // Weights of key j for query i at lane i of vector j.
-  void wide_weights(const Rows<Number>& keys, int64_t n, const Rows<Number>& positions, int64_t rows, Real slope,
-                    int64_t offset, Real* inverse) {
+  virtual void wide_weights(const Rows<Number>& keys, int64_t n, const Rows<Number>& positions, int64_t rows, Real slope,
+                            int64_t offset, Real* inverse) {
     constexpr int ahead = (L - 1 + kBlock - 1) / kBlock * kBlock;  // rows of the band before those of block 0
     const int64_t unused = L - rows;  // first rows of the band, which only lanes without a query would need
     auto fill = [&](int64_t m) {
@@ -507,16 +508,22 @@ class Worker {
       add_products(x, turned_content, keys, j, n - 1, [&](int64_t line) __attribute__((always_inline)) {
         next.keys.template fetch<kBlock>(j, line);
       });
-#pragma GCC unroll 8
-      for (int r = 0; r < kBlock; ++r) {
-        const int64_t key = least(j + r, n - 1);
-        // |t_j - t_i| is the same as |t_i - t_j|, whose lanes ascend
-        x[r] = finish(x[r], a.key_bias ? S::splat(bias[key]) : vec{}, slope, -Real(offset + key));
-        if (j + r < n) top = S::above(top, x[r]);  // a row of the block after the last key is nobody's score
-        S::store(scores + (j + r) * L, x[r]);
-      }
+      top = settle(x, j, n, slope, offset, top);
     }
     S::store(inverse, S::splat(1) / soften<false>(scores, n, top));
+  }
+
+  // Keeps the scores of the keys from j on whose products are x; the highest so far.
+  SPEECHKIT_INLINE vec settle(vec* x, int64_t j, int64_t n, Real slope, int64_t offset, vec top) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r) {
+      const int64_t key = least(j + r, n - 1);
+      // |t_j - t_i| is the same as |t_i - t_j|, whose lanes ascend
+      x[r] = finish(x[r], a.key_bias ? S::splat(bias[key]) : vec{}, slope, -Real(offset + key));
+      if (j + r < n) top = S::above(top, x[r]);  // a row of the block after the last key is nobody's score
+      S::store(scores + (j + r) * L, x[r]);
+    }
+    return top;
   }
 
   // sum[r] += the products of one query a lane with row j + r, number by number. `between` is called for each cache line.
@@ -573,8 +580,8 @@ class Worker {
     int64_t first, stop;
   };
 
-  void sum_values(const Rows<Number>& values, int64_t n, int64_t rows, int64_t ld, int64_t step, const Real* inverse,
-                  Number* to, int64_t stride) const {
+  virtual void sum_values(const Rows<Number>& values, int64_t n, int64_t rows, int64_t ld, int64_t step,
+                          const Real* inverse, Number* to, int64_t stride) {
     constexpr int span = L * E::unit;
     const Number* weights = reinterpret_cast<const Number*>(scores);
     const int64_t units = (width + span - 1) / span, blocks = (rows + kRows - 1) / kRows;
@@ -650,13 +657,25 @@ class Worker {
   }
 };
 
-template <class F>
-auto with_engine(Type type, F use) {
-#if defined(__AVX512BF16__)
-  if (type == Type::bf16) return use(static_cast<Paired*>(nullptr));
+}  // namespace
+
+#if defined(SPEECHKIT_TILES)
+#include "stream_attn_amx.h"
 #endif
-  if (type == Type::f64) return use(static_cast<Dense<double>*>(nullptr));
-  return use(static_cast<Dense<float>*>(nullptr));
+
+namespace {
+
+template <class F>
+auto with_worker(Type type, F use) {
+#if defined(SPEECHKIT_TILES)
+  return use(static_cast<Tiled*>(nullptr));  // no other type comes here
+#else
+#if defined(__AVX512BF16__)
+  if (type == Type::bf16) return use(static_cast<Worker<Paired>*>(nullptr));
+#endif
+  if (type == Type::f64) return use(static_cast<Worker<Dense<double>>*>(nullptr));
+  return use(static_cast<Worker<Dense<float>>*>(nullptr));
+#endif
 }
 
 }  // namespace
@@ -664,14 +683,15 @@ auto with_engine(Type type, F use) {
 namespace speechkit::SPEECHKIT_ISA {
 
 int64_t stream_attn_bytes(const StreamAttn& a) {
-  return with_engine(a.q.type, [&](auto* engine) {
-    return Worker<std::remove_pointer_t<decltype(engine)>>(a, nullptr).bytes();
-  });
+  return with_worker(a.q.type, [&](auto* kind) { return std::remove_pointer_t<decltype(kind)>(a, nullptr).bytes(); });
 }
 
 void stream_attn(const StreamAttn& a, int64_t begin, int64_t end, char* scratch) {
-  with_engine(a.q.type, [&](auto* engine) {
-    Worker<std::remove_pointer_t<decltype(engine)>> worker(a, scratch);
+#if defined(SPEECHKIT_TILES)
+  const Tiles in_use;
+#endif
+  with_worker(a.q.type, [&](auto* kind) {
+    std::remove_pointer_t<decltype(kind)> worker(a, scratch);
     worker.tasks(begin, end);
   });
 }

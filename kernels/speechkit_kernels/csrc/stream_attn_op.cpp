@@ -115,7 +115,7 @@ Tensor stream_attn(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   a.rel_zero = rel_zero, a.chunk = chunk, a.left = left, a.scale = scale;
   Tensor out = empty({a.B, a.C, a.H, a.D}, type);
   a.out.data = out.data_ptr(), a.out.type = a.q.type;
-  switch (isa()) {
+  switch (isa(a.q.type == Type::bf16 ? Isa::amx : Isa::avx512bf16)) {
 #define SPEECHKIT_CASE(name) \
   case Isa::name: run<name::stream_attn_bytes, name::stream_attn>(a); break;
     SPEECHKIT_ISAS(SPEECHKIT_CASE)

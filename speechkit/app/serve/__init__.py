@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,20 +62,11 @@ def serve(
     context = live_context(recogniser, seconds(chunk_ms))
     session = Session(recogniser, slots=max_streams, context=context, vad=Vad() if vad else None)
     with listen(host, port) as listening:
-        session.trace()
-        warm(session)
+        session.trace()  # builds operators too: no client should wait for that
         name = Path(model).resolve().name
         service = Service(session, limits, name=name, token=token, origins=allow_origin, local=is_local(host))
         print(f"speechkit: {name} listens on {url(listening)} ({service.about})", flush=True)
         Server(service).run([listening])
-
-
-def warm(session: Session) -> None:
-    """Hear two chunks of silence: operators are built at first use, and no client should wait for that."""
-    slot = session.join()
-    session.push(slot, torch.zeros(2 * session.chunk))
-    session.finish(slot)
-    deque(session.drain())
 
 
 def ready(model: str, device: str | None, search: str | None) -> Recogniser:

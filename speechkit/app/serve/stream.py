@@ -201,7 +201,7 @@ class Stream:
 
 def message_of(heard: Heard) -> str:
     """The `text` message of a chunk."""
-    update: Update = heard.update
+    update = heard.update
     return json.dumps(
         {
             "type": "text",
