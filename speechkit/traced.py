@@ -9,14 +9,14 @@ linear map, the SiLU or the residual sum behind it; and packs its weight as that
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from speechkit.replay import arguments, replay
 from speechkit.stream import Context, State, clone_state, leaves, with_leaves
 
 Stream = Callable[..., tuple[Any, State]]
@@ -95,26 +95,13 @@ def trace(
     constants = _fold(module, changed)
     _share(graph, changed)
     _fuse(graph, changed)
-    _pack(module, changed, constants, {} if packed is None else packed)
+    _pack(module, constants, {} if packed is None else packed)
     graph.eliminate_dead_code()
-    code = graph.python_code("self")
-    names: dict[str, Any] = dict(code.globals)
-    exec(code.src, names)
-    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    forward, held = names["forward"], SimpleNamespace(**{name: constants[name] for name in used})
-    return lambda *given: forward(held, *given)
+    return replay(graph, constants, example)
 
 
 def _schema(node: fx.Node) -> torch._C.FunctionSchema | None:
     return getattr(node.target, "_schema", None)
-
-
-def _arguments(node: fx.Node) -> Iterable[tuple[torch._C.Argument, Any]]:
-    """What an operator takes, each with what it is given here."""
-    schema = _schema(node)
-    for place, argument in enumerate(schema.arguments if schema else ()):
-        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-        yield argument, given
 
 
 def _changed(graph: fx.Graph) -> set[fx.Node]:
@@ -122,13 +109,13 @@ def _changed(graph: fx.Graph) -> set[fx.Node]:
     changed = {
         given
         for node in graph.nodes
-        for argument, given in _arguments(node)
+        for argument, given in arguments(node)
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, fx.Node)
     }
     pairs = [
         (node, given)
         for node in graph.nodes
-        for argument, given in _arguments(node)
+        for argument, given in arguments(node)
         if argument.alias_info is not None and isinstance(given, fx.Node) and _returns_alias(node)
     ]
     while True:
@@ -199,11 +186,11 @@ def _fuse(graph: fx.Graph, changed: set[fx.Node]) -> None:
             node = node_after
 
 
-def _pack(module: fx.GraphModule, changed: set[fx.Node], constants: dict[str, Tensor], packed: Packed) -> None:
+def _pack(module: fx.GraphModule, constants: dict[str, Tensor], packed: Packed) -> None:
     """Linear maps read a packed weight where theirs is a constant that fills panels or whose bias tells how far."""
     maps = {}
     for node in module.graph.nodes:
-        if str(node.target) == LINEAR and _pure(node, changed):
+        if str(node.target) == LINEAR:
             _, source, bias = node.args[:3]
             assert isinstance(source, fx.Node)
             weight = constants.get(str(source.target))

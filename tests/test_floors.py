@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "speechkit"
 # the tagger on what the recogniser does with recordings.
 FLOORS = (
     ("types", "files"),
-    ("stream", "audio", "text", "schema"),
+    ("stream", "audio", "text", "schema", "replay"),
     ("features", "events", "testing", "kernels", "traced", "graphs", "vad"),
     ("steps",),
     ("data", "cut"),

@@ -37,7 +37,8 @@ bool has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (isa == Isa::amx) return has(Isa::avx512bf16) && has_tiles();
-  if (isa == Isa::avx512bf16) return __builtin_cpu_supports("avx512bf16") && has(Isa::avx512);
+  if (isa == Isa::avx512bf16)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && has(Isa::avx512);
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has(Isa::avx2);

@@ -74,23 +74,31 @@ struct Around {
   // Where a group's rows begin in `laid`, in which a run has the place of the longest.
   const float* rows(const Group& group) const { return l.laid + group.row * runs() * most_run; }
 
-  // Runs of a group's rows in turn, which is how a tile reads them.
-  void lay() const {
+  // Runs of a group's rows in turn, which is how a tile reads them. `done` is called with each, and how many numbers it
+  // has: whole vectors, of which the last may end with zeros.
+  template <class Do>
+  void lay(Do done) const {
     float* to = l.laid;
     for_groups([&](const Group& group) {
       Moments moments[most_rows];
       if (l.norm_weight)
         for (int64_t i = 0; i < group.rows; ++i) moments[i] = moments_of(l.x + (group.row + i) * l.x_row);
       for (int64_t first = 0; first < l.K; first += length())
-        for (int64_t i = 0; i < group.rows; ++i, to += most_run)
-          for (int64_t k = first; k < l.K && k < first + length(); k += lanes) {
+        for (int64_t i = 0; i < group.rows; ++i, to += most_run) {
+          int64_t k = first;
+          for (; k < l.K && k < first + length(); k += lanes) {
             const int n = static_cast<int>(l.K - k);
             Floats x = load(l.x + (group.row + i) * l.x_row + k, n);
             if (l.norm_weight)
               x = (x - moments[i].mean) * moments[i].scale * load(l.norm_weight + k, n) + load(l.norm_bias + k, n);
             store(to + k - first, x);
           }
+          done(to, k - first);
+        }
     });
+  }
+  void lay() const {
+    lay([](float*, int64_t) {});
   }
 
   // Of a row, for its layer norm.

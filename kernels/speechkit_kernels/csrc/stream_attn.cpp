@@ -166,14 +166,29 @@ struct Paired {  // bfloat16, multiplied in pairs and summed in float
 #endif
 
 template <class Number>
-struct Rows {  // rows of keys or values: row j < end[0] lies in stretch 0, and so on
+struct Rows {  // rows of keys or values: row j < end[0] lies in stretch 0, and so on; there are end[2]
   const Number* at[3];
-  int64_t step[3], end[2];
+  int64_t step[3], end[3];
 
   int stretch(int64_t j) const { return (j >= end[0]) + (j >= end[1]); }
   const Number* operator()(int64_t j) const {
     const int s = stretch(j);
     return at[s] + j * step[s];
+  }
+
+  // Brings near a cache line, counted from their beginning, of each of rows j to j + count - 1 that there are. Always
+  // inlined: GCC leaves calls of functions out that do nothing but this.
+  template <int count>
+  SPEECHKIT_INLINE void fetch(int64_t j, int64_t line) const {
+    const int s = stretch(j);
+    if (j + count <= end[2] && stretch(j + count - 1) == s) {
+      const char* place = reinterpret_cast<const char*>(at[s] + j * step[s]) + 64 * line;
+#pragma GCC unroll 16
+      for (int r = 0; r < count; ++r, place += step[s] * sizeof(Number)) __builtin_prefetch(place, 0, 2);
+    } else {
+      for (int64_t r = j; r < least(j + count, end[2]); ++r)
+        __builtin_prefetch(reinterpret_cast<const char*>((*this)(r)) + 64 * line, 0, 2);
+    }
   }
 
   // Rows j to j + count - 1, those before row 0 or after the last counted as that one.
@@ -208,12 +223,15 @@ class Worker {
   const bool copied;    // whether rows are copied: another type, or too short or odd to be read where they lie
   Number *content, *position, *turned_content, *turned_position, *result, *key_copy, *value_copy, *table_copy;
   Real *scores, *band, *bias, *row, *shift;
-  char* next;
+  struct {
+    Rows<Number> keys, values, positions;
+  } next{};  // what the first tile of the next task reads
+  char* free;
 
   template <class T>
   void take(T*& array, int64_t n) {
-    array = reinterpret_cast<T*>(next);
-    next += (n * sizeof(T) + 63) / 64 * 64;
+    array = reinterpret_cast<T*>(free);
+    free += (n * sizeof(T) + 63) / 64 * 64;
   }
 
  public:
@@ -221,7 +239,7 @@ class Worker {
       : a(a),
         width((most(a.D, kSpan) + E::pair - 1) / E::pair * E::pair),
         copied(width != a.D || size_of(a.q.type) != sizeof(Number)),
-        next(scratch) {
+        free(scratch) {
     take(content, L * width), take(position, L * width);
     take(turned_content, L * (width + kSpan)), take(turned_position, L * (width + kSpan));
     take(result, L * width);
@@ -231,26 +249,81 @@ class Worker {
     take(key_copy, rows * width), take(value_copy, rows * width), take(table_copy, (rows + (copied ? L : 0)) * width);
   }
 
-  int64_t bytes() const { return next - static_cast<char*>(nullptr); }
+  int64_t bytes() const { return free - static_cast<char*>(nullptr); }
 
-  void task(int64_t index) {
-    const int64_t group = a.H / a.G, b = index / group % a.B, g = index / group / a.B, h = g * group + index % group;
-    const int64_t pos = a.pos[b], frames = a.qlen[b];
-    for (int64_t i = 0; i < frames;) {
-      const int64_t t = pos + i, first = a.chunk ? t - t % a.chunk : pos, size = a.chunk ? a.chunk : frames;
-      const int64_t low = most(most(0, first - a.left), pos - (a.W - a.C)), high = least(pos + frames, first + size);
-      const int64_t stop = least(frames, first + size - pos);
-      while (i < stop) {
-        const int64_t rows = least(stop - i, L);
-        tile(b, h, g, i, rows, low, high);
-        i += rows;
-      }
+  // Tasks [begin, end). Memory is far away, so while a task computes, what the next one will read is fetched.
+  void tasks(int64_t begin, int64_t end) {
+    look(begin);
+    for (int64_t j = 0; j < most(next.keys.end[2], next.positions.end[2]); j += kBlock) fetch_keys(j);
+    for (int64_t index = begin; index < end; ++index) {
+      next = {};
+      if (index + 1 < end) look(index + 1);
+      task(index);
     }
-    for (int64_t i = frames; i < a.C; ++i) memset(out(b, i, h), 0, a.D * size_of(a.out.type));
-    commit(b, h, g, index % group == 0);
   }
 
  protected:
+  struct Head {
+    int64_t b, g, h;
+    bool first;  // of those that share its keys
+  };
+  Head head(int64_t index) const {
+    const int64_t group = a.H / a.G, g = index / group / a.B;
+    return {index / group % a.B, g, g * group + index % group, index % group == 0};
+  }
+
+  // Queries up to `stop`, which see the frames of times [low, high).
+  struct Chunk {
+    int64_t stop, low, high;
+  };
+  Chunk chunk_of(int64_t b, int64_t i) const {
+    const int64_t pos = a.pos[b], frames = a.qlen[b], t = pos + i;
+    const int64_t first = a.chunk ? t - t % a.chunk : pos, size = a.chunk ? a.chunk : frames;
+    return {least(frames, first + size - pos), most(most(0, first - a.left), pos - (a.W - a.C)),
+            least(pos + frames, first + size)};
+  }
+
+  void task(int64_t index) {
+    const auto [b, g, h, first] = head(index);
+    for (int64_t i = 0; i < a.qlen[b];) {
+      const Chunk chunk = chunk_of(b, i);
+      for (int64_t rows; i < chunk.stop; i += rows, next = {}) {
+        rows = least(chunk.stop - i, L);
+        tile(b, h, g, i, rows, chunk.low, chunk.high);
+      }
+    }
+    for (int64_t i = a.qlen[b]; i < a.C; ++i) memset(out(b, i, h), 0, a.D * size_of(a.out.type));
+    commit(b, h, g, first);
+  }
+
+  int64_t lines() const { return (width * sizeof(Number) + 63) / 64; }
+
+  // Notes what the first tile of a task reads in blocks, and fetches the rest of what it reads and writes.
+  void look(int64_t index) {
+    const auto [b, g, h, first] = head(index);
+    if (copied || a.qlen[b] == 0) return;
+    const Chunk chunk = chunk_of(b, 0);
+    const int64_t rows = least(chunk.stop, L), n = chunk.high - chunk.low;
+    next.keys = window(a.k, 0, b, g, chunk.low, n, nullptr);
+    next.values = window(a.v, 1, b, g, chunk.low, n, nullptr);
+    if (a.rel) next.positions = table(h, a.rel_zero + chunk.low - a.pos[b] - (rows - 1), n + rows - 1);
+    const int64_t row = a.cache.stride[3], oldest = ring(b, 0, g, a.pos[b]);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t x = 0; x < lines() * 64; x += 64) {
+        __builtin_prefetch(place(a.q, at(a.q, b, i, h)) + x, 0, 2);
+        __builtin_prefetch(out(b, i, h) + x, 1, 2);
+        __builtin_prefetch(place(a.cache, oldest + i * row) + x, 1, 2);
+        __builtin_prefetch(place(a.cache, oldest + a.cache.stride[1] + i * row) + x, 1, 2);
+      }
+  }
+
+  SPEECHKIT_INLINE void fetch_keys(int64_t j) const {  // and their positions
+    for (int64_t line = 0; line < lines(); ++line) {
+      next.keys.template fetch<kBlock>(j, line);
+      next.positions.template fetch<kBlock>(j, line);
+    }
+  }
+
   char* out(int64_t b, int64_t i, int64_t h) const { return place(a.out, ((b * a.C + i) * a.H + h) * a.D); }
   int64_t ring(int64_t b, int64_t which, int64_t g, int64_t t) const {
     const int64_t* s = a.cache.stride;
@@ -335,7 +408,7 @@ class Worker {
     const int64_t turn = past ? least(past, a.W - low % a.W) : 0;
     const int64_t offset[3] = {past ? ring(b, which, g, low) : 0, ring(b, which, g, 0), at(fresh, b, ahead, g)};
     const int64_t step[3] = {a.cache.stride[3], a.cache.stride[3], fresh.stride[1]}, start[4] = {0, turn, past, n};
-    Rows<Number> rows{{}, {}, {turn, past}};
+    Rows<Number> rows{{}, {}, {turn, past, n}};
     for (int s = 0; s < 3; ++s) {
       const Array& source = s == 2 ? fresh : a.cache;
       rows.step[s] = copied ? width : step[s];
@@ -354,10 +427,10 @@ class Worker {
   // Rows of the table from `first` on, n of them.
   Rows<Number> table(int64_t h, int64_t first, int64_t n) {
     const int64_t offset = h * a.rel.stride[0] + first * a.rel.stride[1];
-    Rows<Number> rows{{static_cast<const Number*>(a.rel.data) + offset}, {a.rel.stride[1]}, {n, n}};
+    Rows<Number> rows{{static_cast<const Number*>(a.rel.data) + offset}, {a.rel.stride[1]}, {n, n, n}};
     if (!copied) return rows;
     for (int64_t j = 0; j < n; ++j) copy_row(table_copy + j * width, a.rel, offset + j * a.rel.stride[1]);
-    return {{table_copy}, {width}, {n, n}};
+    return {{table_copy}, {width}, {n, n, n}};
   }
 
   // score[j] = scale * (...) + bias_j - slope * |distance|, in powers of two; distance = apart + lane
@@ -379,6 +452,7 @@ class Worker {
     vec top = S::splat(-__builtin_inf());
     for (int64_t j = 0; j < n; j += L) {
       vec dots[L] = {};
+      for (int64_t x = j; r == 0 && x < j + L; x += kBlock) fetch_keys(x);
       add_dots(dots, content + r * width, keys, j, n - 1);
       if (a.rel) add_dots(dots, position + r * width, positions, above + j, above + n - 1);
       vec score = finish(S::sums(dots), a.key_bias ? S::load(bias + j) : vec{}, slope, offset + j);
@@ -416,7 +490,9 @@ class Worker {
     auto fill = [&](int64_t m) {
       if (m + kBlock <= unused) return;
       vec x[kBlock] = {};
-      add_products(x, turned_position, positions, m - unused, n + rows - 2);
+      add_products(x, turned_position, positions, m - unused, n + rows - 2, [&](int64_t line) __attribute__((always_inline)) {
+        next.positions.template fetch<kBlock>(most(0, m - unused), line);
+      });
 #pragma GCC unroll 8
       for (int r = 0; r < kBlock; ++r) S::store(band + (m % kBand + r) * L, x[r]);
     };
@@ -429,7 +505,9 @@ class Worker {
         fill(j + ahead);
         skew(x, j);
       }
-      add_products(x, turned_content, keys, j, n - 1);
+      add_products(x, turned_content, keys, j, n - 1, [&](int64_t line) __attribute__((always_inline)) {
+        next.keys.template fetch<kBlock>(j, line);
+      });
       top = settle(x, j, n, slope, offset, top);
     }
     S::store(inverse, S::splat(1) / soften<false>(scores, n, top));
@@ -448,16 +526,25 @@ class Worker {
     return top;
   }
 
-  // sum[r] += the products of one query a lane with row j + r, number by number
-  SPEECHKIT_INLINE void add_products(vec* sum, const Number* queries, const Rows<Number>& rows, int64_t j, int64_t last) const {
+  // sum[r] += the products of one query a lane with row j + r, number by number. `between` is called for each cache line.
+  template <class F>
+  SPEECHKIT_INLINE void add_products(vec* sum, const Number* queries, const Rows<Number>& rows, int64_t j, int64_t last,
+                                     F between) const {
     const Number* line[kBlock];
     rows.template lines<kBlock>(line, j, last);
-#pragma GCC unroll 4
-    for (int64_t d = 0; d < width; d += E::pair) {
+    const auto add = [&](int64_t d) __attribute__((always_inline)) {
       const Words q = E::load(queries + d * L);
 #pragma GCC unroll 8
       for (int r = 0; r < kBlock; ++r) sum[r] = E::add_product(sum[r], q, E::splat(line[r] + d));
+    };
+    constexpr int64_t count = 64 / sizeof(Number);
+    int64_t d = 0;
+    for (; d + count <= width; d += count) {
+      between(d / count);
+#pragma GCC unroll 4
+      for (int64_t x = d; x < d + count; x += E::pair) add(x);
     }
+    for (; d < width; d += E::pair) add(d);
   }
 
   // x[r] lane i = band[j + r + L - 1 - i] lane i: rows are moved down by the bits of L - 1 - i, one at a time.
@@ -489,18 +576,25 @@ class Worker {
     return along ? S::sum_everywhere(sum) : sum;
   }
 
+  struct Part {
+    int64_t first, stop;
+  };
+
   virtual void sum_values(const Rows<Number>& values, int64_t n, int64_t rows, int64_t ld, int64_t step,
                           const Real* inverse, Number* to, int64_t stride) {
     constexpr int span = L * E::unit;
     const Number* weights = reinterpret_cast<const Number*>(scores);
     const int64_t units = (width + span - 1) / span, blocks = (rows + kRows - 1) / kRows;
+    const int64_t across = (units + kUnits - 1) / kUnits, turns = blocks * across;
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
       const int64_t count = (rows - i + blocks - block - 1) / (blocks - block);
       for (int64_t u = 0; u < units; u += kUnits) {
         int64_t start[kUnits];
         for (int64_t x = 0; x < kUnits; ++x) start[x] = least((u + x) * span, width - span);
+        const int64_t turn = block * across + u / kUnits;  // which fetches its part of each row
+        const Part part{turn * lines() / turns, (turn + 1) * lines() / turns};
         const int64_t wide = least(kUnits, units - u);
-        pick<kRows, kUnits>(count, wide, values, n, weights + i * ld * E::pair, ld, step, inverse + i, to + i * stride,
+        pick<kRows, kUnits>(count, wide, part, values, n, weights + i * ld * E::pair, ld, step, inverse + i, to + i * stride,
                             stride, start);
       }
       i += count;
@@ -509,7 +603,7 @@ class Worker {
 
   // The product compiled for `count` rows and `wide` units
   template <int rows, int units, class... Rest>
-  static void pick(int64_t count, int64_t wide, const Rest&... rest) {
+  void pick(int64_t count, int64_t wide, const Rest&... rest) const {
     if constexpr (units > 1)
       if (wide < units) return pick<rows, units - 1>(count, wide, rest...);
     if constexpr (rows > 1)
@@ -518,10 +612,12 @@ class Worker {
   }
 
   template <int rows, int units>
-  static void product(const Rows<Number>& values, int64_t n, const Number* weights, int64_t ld, int64_t step,
-                      const Real* inverse, Number* to, int64_t stride, const int64_t* start) {
+  void product(Part part, const Rows<Number>& values, int64_t n, const Number* weights, int64_t ld, int64_t step,
+               const Real* inverse, Number* to, int64_t stride, const int64_t* start) const {
     vec sum[rows][units * E::unit] = {};
     for (int64_t j = 0; j < n; j += E::pair, weights += step * E::pair) {
+      for (int64_t line = part.first; j % kBlock == 0 && line < part.stop; ++line)
+        next.values.template fetch<kBlock>(j, line);
       const Number* one = values(j);
       const Number* two = j + 1 < n ? values(j + 1) : nullptr;
       Words x[units * E::unit];
@@ -596,7 +692,7 @@ void stream_attn(const StreamAttn& a, int64_t begin, int64_t end, char* scratch)
 #endif
   with_worker(a.q.type, [&](auto* kind) {
     std::remove_pointer_t<decltype(kind)> worker(a, scratch);
-    for (int64_t index = begin; index < end; ++index) worker.task(index);
+    worker.tasks(begin, end);
   });
 }
 
