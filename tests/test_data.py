@@ -161,7 +161,7 @@ def test_further_faults_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", b"\xff\xfe{}"), ("a.jsonl.gz", b"{}\n"), ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9])],
+    [("a.jsonl", b"\xff\xfe{}"), ("a.jsonl.gz", b"{}\n"), ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9])],
 )
 def test_manifests_that_are_no_text_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
