@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from bench_serve import server
 from playwright.sync_api import sync_playwright
 
 from speechkit import audio
-
-PORT = 8799
-HOME = f"http://127.0.0.1:{PORT}/"
 
 
 def main() -> None:
@@ -37,7 +31,11 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         sys.exit("A picture needs Chromium, but none is on the PATH; install it (apt-get install chromium).")
-    with tempfile.TemporaryDirectory() as folder, serving(arguments.model), sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server(arguments.model, 0) as (url, _),
+        sync_playwright() as playwright,
+    ):
         speech = Path(folder) / "speech.wav"
         seconds = joined(arguments.recordings, speech)
         flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -45,7 +43,7 @@ def main() -> None:
             executable_path=browser, args=[*flags, f"--use-file-for-fake-audio-capture={speech}%noloop"]
         )
         page = chromium.new_page(viewport={"width": 1000, "height": 620}, device_scale_factor=1.5)
-        page.goto(HOME)
+        page.goto(url.replace("ws://", "http://").removesuffix("v1/stream"))
         page.click("#record")
         page.wait_for_selector("[data-state=listening]")
         page.wait_for_timeout(1000 * seconds)
@@ -61,22 +59,6 @@ def joined(recordings: Sequence[Path], out: Path) -> float:
     samples = np.concatenate([each for each, _ in heard])
     audio.write(out, samples, rate)
     return len(samples) / rate
-
-
-@contextmanager
-def serving(model: str) -> Iterator[None]:
-    command = [Path(sys.executable).with_name("speechkit"), "serve", model, "--port", str(PORT)]
-    with subprocess.Popen(command) as server:
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(HOME + "health").close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield
-        finally:
-            server.terminate()
 
 
 if __name__ == "__main__":

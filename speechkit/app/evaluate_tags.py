@@ -193,22 +193,7 @@ def _jobs(run: str, given: dict[str, list[Cut]], finder: Finder) -> list[_Job]:
 def _write(job: _Job, result: Result, worst: int) -> Row:
     """The row of the table, also written to RUN/evaluate, with scores, reports and confusions beside it."""
     found = result.found
-    row = Row(
-        run=job.run,
-        set=job.set,
-        accuracy=found.accuracy() if found.exclusive else None,
-        accuracy_interval=_interval("accuracy", [result]) if found.exclusive else None,
-        mean_average_precision=found.mean_average_precision(),
-        mean_average_precision_interval=_interval("mean_average_precision", [result]),
-        mean_auc=found.mean_auc(),
-        d_prime=found.d_prime(),
-        clips=len(result.ids),
-        classes=len(found.labels),
-        absent=found.absent,
-        seconds=round(result.seconds, 3),
-        rtf=round(result.spent / result.seconds, 5),
-        events=InTime.of([result.timed]) if result.timed else None,
-    )
+    row = _row(job.run, job.set, [result])
     folder, name = results(job.run, job.set)
     about = finite(asdict(row)) | {"labels": list(found.labels)}
     (folder / f"{name}.json").write_text(json.dumps(about, ensure_ascii=False, indent=2) + "\n")
@@ -253,35 +238,24 @@ def _means(done: Sequence[tuple[_Job, Result]]) -> list[Row]:
         parts = [(job, result) for job, result in done if job.set == name]
         ids = [clip for _, result in parts for clip in result.ids]
         if len(parts) > 1 and len(set(ids)) == len(ids) and len({result.found.labels for _, result in parts}) == 1:
-            rows.append(_mean(name, [result for _, result in parts]))
+            rows.append(_row(f"mean of {len(parts)}", name, [result for _, result in parts]))
     return rows
 
 
-def _interval(measure: str, results: Sequence[Result]) -> Interval:
-    """Of the mean over results."""
-    drawn = [result.drawn(measure, seed) for seed, result in enumerate(results)]
-    least = min(map(len, drawn))
-    value = float(np.mean([getattr(result.found, measure)() for result in results]))
-    return interval(measure, np.mean([draws[:least] for draws in drawn], axis=0), value)
-
-
-def _mean(name: str, results: Sequence[Result]) -> Row:
+def _row(run: str, name: str, results: Sequence[Result]) -> Row:
+    """The mean over results, of which there may be one."""
     parts = [result.found for result in results]
     exclusive = all(part.exclusive for part in parts)
-
-    def mean(measure: str) -> float:
-        return float(np.mean([getattr(part, measure)() for part in parts]))
-
     timed = [result.timed for result in results if result.timed]
     return Row(
-        run=f"mean of {len(results)}",
+        run=run,
         set=name,
-        accuracy=mean("accuracy") if exclusive else None,
+        accuracy=_mean("accuracy", results) if exclusive else None,
         accuracy_interval=_interval("accuracy", results) if exclusive else None,
-        mean_average_precision=mean("mean_average_precision"),
+        mean_average_precision=_mean("mean_average_precision", results),
         mean_average_precision_interval=_interval("mean_average_precision", results),
-        mean_auc=mean("mean_auc"),
-        d_prime=mean("d_prime"),
+        mean_auc=_mean("mean_auc", results),
+        d_prime=_mean("d_prime", results),
         clips=sum(len(result.ids) for result in results),
         classes=len(parts[0].labels),
         absent=max(part.absent for part in parts),
@@ -289,3 +263,14 @@ def _mean(name: str, results: Sequence[Result]) -> Row:
         rtf=round(sum(result.spent for result in results) / sum(result.seconds for result in results), 5),
         events=InTime.of(timed) if len(timed) == len(results) else None,
     )
+
+
+def _mean(measure: str, results: Sequence[Result]) -> float:
+    return float(np.mean([getattr(result.found, measure)() for result in results]))
+
+
+def _interval(measure: str, results: Sequence[Result]) -> Interval:
+    """Of the mean over results."""
+    drawn = [result.drawn(measure, seed) for seed, result in enumerate(results)]
+    least = min(map(len, drawn))
+    return interval(measure, np.mean([draws[:least] for draws in drawn], axis=0), _mean(measure, results))
